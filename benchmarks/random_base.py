@@ -97,14 +97,14 @@ def make_base(name: str, double: bool, gpus: int = 1) -> Any:
         model = AutoModelForCausalLM.from_config(shapes(name), dtype=DTYPE)
     head = model.get_output_embeddings()
     places = _device_map(model, gpus)
-    for name, parent in list(model.named_modules()):
+    for module_name, parent in list(model.named_modules()):
         for child_name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear) and child is not head:
-                device = _device(f"{name}.{child_name}", places)
+                device = _device(f"{module_name}.{child_name}", places)
                 setattr(parent, child_name, _random_layer(child, double, device))
     prepare_experts(model, settings)
-    for name, parent in list(model.named_modules()):
-        device = _device(name, places)
+    for module_name, parent in list(model.named_modules()):
+        device = _device(module_name, places)
         for parameter_name, parameter in list(parent.named_parameters(recurse=False)):
             if parameter.is_meta:
                 setattr(parent, parameter_name, _random_weight(parameter, device))

@@ -1,10 +1,10 @@
 """The tracker of MLflow: one MLflow run for each run, in a local database or on a server."""
 
-import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from finetune.tracking.mlflow_store import (
     show_store,
 )
 from finetune.tracking.text_privacy import tracked_config
-from finetune.tracking.tracker import FINAL, Label, Sample, Tracker
+from finetune.tracking.tracker import FINAL, Label, Sample, Tracker, ended_on_error
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,13 +54,13 @@ class MlflowTracker(Tracker):
         self._store = open_store(self._address)
         if record and folder.last_checkpoint():
             self._id = record["run_id"]
-            with ended_on_error(self._store, self._id):
+            with failed_on_error(self._store, self._id):
                 self._continue(folder)
             return
         if record:
             self._discard(record["run_id"])
         self._id = self._create(config, label)
-        with ended_on_error(self._store, self._id):
+        with failed_on_error(self._store, self._id):
             log_params(self._store, self._id, tracked_config(config))
             recorded = None if self._address == given else self._address
             write_json(self._record, {"run_id": self._id, "address": recorded})
@@ -126,7 +126,7 @@ class MlflowTracker(Tracker):
         self._store.log_artifacts(self._id, str(folder), "adapter")
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
-        with ended_on_error(self._store, self._id):
+        with failed_on_error(self._store, self._id):
             self._store.set_tag(self._id, "status", status)
             values: Metrics = {}
             for name, value in summary.items():
@@ -148,16 +148,9 @@ class MlflowTracker(Tracker):
         return [f"MLflow: {show_store(self._address)} (run {self._id})"]
 
 
-@contextlib.contextmanager
-def ended_on_error(store: "MlflowClient", run_id: str) -> Iterator[None]:
-    """End an MLflow run as failed if the block raises: nobody would end it later."""
-    try:
-        yield
-    except BaseException:
-        # The first error says more than that of a store which may be away.
-        with contextlib.suppress(Exception):
-            store.set_terminated(run_id, "FAILED")
-        raise
+def failed_on_error(store: "MlflowClient", run_id: str) -> AbstractContextManager[None]:
+    """Return what ends an MLflow run as failed if its block raises."""
+    return ended_on_error(lambda: store.set_terminated(run_id, "FAILED"))
 
 
 def log_params(store: "MlflowClient", run_id: str, config: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.errors import ConfigError, refusal
-from finetune.tracking.mlflow import ended_on_error, experiment_id, log_params
+from finetune.tracking.mlflow import experiment_id, failed_on_error, log_params
 from finetune.tracking.mlflow_names import NAME_LENGTH, mlflow_text, short_name
 from finetune.tracking.mlflow_store import (
     environment_address,
@@ -104,7 +104,7 @@ class MlflowRegistry(Registry):
         experiment = experiment_id(store, self._project, study)
         run = store.create_run(experiment, run_name=short_name(f"promote {study}"))
         run_id = str(run.info.run_id)
-        with ended_on_error(store, run_id):
+        with failed_on_error(store, run_id):
             log_params(store, run_id, lineage["config"])
             store.log_dict(run_id, dict(lineage), "lineage.json")
             store.log_artifacts(run_id, str(adapter), ADAPTER)

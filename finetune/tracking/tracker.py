@@ -1,8 +1,9 @@
 """Trackers show a run's metrics, samples and result outside its folder. They never end a run."""
 
+import contextlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,22 @@ class Label:
     """What the run is in its study; None: WANDB_JOB_TYPE, or `run`."""
     folder: Path | None = None
     """Where W&B keeps the files of all runs of the study; None: each run in its own folder."""
+
+
+@contextlib.contextmanager
+def ended_on_error(end: Callable[[], object]) -> Iterator[None]:
+    """End a tracker's run if the block raises: nobody would end it later.
+
+    Args:
+        end: Ends it as failed; its own errors are not raised.
+    """
+    try:
+        yield
+    except BaseException:
+        # The first error says more than that of a server which may be away.
+        with contextlib.suppress(Exception):
+            end()
+        raise
 
 
 class Tracker:

@@ -15,7 +15,7 @@ from finetune.files.atomic import read_json, write_json
 from finetune.files.run_folder import Metrics, RunFolder
 from finetune.tracking.logged import LoggedMetrics, rows_until_checkpoint
 from finetune.tracking.text_privacy import tracked_config
-from finetune.tracking.tracker import FINAL, Label, Sample, Tracker
+from finetune.tracking.tracker import FINAL, Label, Sample, Tracker, ended_on_error
 
 if TYPE_CHECKING:
     import trackio
@@ -46,12 +46,8 @@ class TrackioTracker(Tracker):
         config_shown = {**self._config, "status": "running"}
         self._run = _open(self._record, self._group, config_shown)
         if resumes:
-            try:
+            with ended_on_error(lambda: self.finish("failed", {})):
                 self._continue(folder)
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    self.finish("failed", {})
-                raise
 
     def _continue(self, folder: RunFolder) -> None:
         """Log what a kill has kept from Trackio, and nothing twice."""

@@ -1,6 +1,5 @@
 """The tracker of Weights & Biases: a live W&B run for as long as the run trains."""
 
-import contextlib
 import logging
 import os
 import shlex
@@ -11,7 +10,7 @@ from finetune.config.schema import RunConfig
 from finetune.console import summary_line
 from finetune.files.atomic import write_json
 from finetune.files.run_folder import Metrics, RunFolder, checkpoint_step
-from finetune.tracking.tracker import Label, Sample, Tracker
+from finetune.tracking.tracker import Label, Sample, Tracker, ended_on_error
 from finetune.tracking.wandb_arguments import (
     FALLBACK,
     OFFLINE_MODES,
@@ -62,17 +61,13 @@ class WandbTracker(Tracker):
         self._last_logged_step: int | None = None
         self._adapter: Path | None = None
         """What has been logged as the adapter."""
-        try:
+        # Nobody else knows of it yet, and it would be shown as running.
+        with ended_on_error(lambda: self._close(exit_code=1)):
             define_metrics(self._run, self._best)
             if self._arguments["resume"]:
                 # Without a file, W&B had written nothing before the kill.
                 last_logged = -1 if earlier_file is None else last_step(earlier_file)
                 self._log_missing(last_logged)
-        except BaseException:
-            # Nobody else knows of it yet, and it would be shown as running.
-            with contextlib.suppress(Exception):
-                self._close(exit_code=1)
-            raise
 
     def _init(self, uploads: bool) -> "wandb.Run":
         """Open the W&B run, offline if its server can't be reached, and record its arguments."""

@@ -149,14 +149,14 @@ def find_metric(gate: Gate, config: RunConfig, folder: Path) -> list[Metric]:
     Raises:
         ConfigError: There is no such metric, or it is of a benchmark, which has rows of its own.
     """
-    own = [path for path in config.evaluation.metrics if not is_task(path)]
+    row_metrics = [path for path in config.evaluation.metrics if not is_task(path)]
     if gate.metric.startswith(TEST):
         if gate.name in LOSS_METRICS:
             return []
         if is_task(gate.name):
             reason = "is of the benchmark's documents, not of the rows of --data"
             raise refusal("--metric", gate.metric, reason)
-        for path in dict.fromkeys([*own, *BUILT_IN]):
+        for path in dict.fromkeys([*row_metrics, *BUILT_IN]):
             # Before it is loaded: one of a package that is missing may be another one.
             if path in BUILT_IN and gate.name not in BUILT_IN[path]:
                 continue
@@ -165,8 +165,8 @@ def find_metric(gate: Gate, config: RunConfig, folder: Path) -> list[Metric]:
             if any(gate.name in metric.names for metric in metrics):
                 _require_labels(gate, metrics, folder)
                 return metrics
-    own_settings = dataclasses.replace(config.evaluation, metrics=own)
-    names = [*LOSS_METRICS, *own_settings.names]
+    settings = dataclasses.replace(config.evaluation, metrics=row_metrics)
+    names = [*LOSS_METRICS, *settings.names]
     for built_in in BUILT_IN.values():
         names += built_in
     allowed = did_you_mean(gate.metric, {f"{TEST}{name}" for name in names})

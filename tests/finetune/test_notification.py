@@ -10,6 +10,7 @@ import pytest
 from support.bad_input import Workplace
 from support.commands import SLOW_STEPS, Station, wait_until
 from support.configs import compose, tiny_overrides
+from support.notifications import TELLS, told
 
 from finetune.config.sections.notify import NotifySettings
 from finetune.errors import ConfigError
@@ -17,16 +18,7 @@ from finetune.exit_codes import INTERRUPTED, NO_ANSWER
 from finetune.notification import notify
 from finetune.tracking.text_privacy import tracked_config
 
-TELLS = (
-    'echo "$FINETUNE_EVENT|$FINETUNE_NAME|$FINETUNE_MESSAGE|$FINETUNE_ANSWER" >> told'
-)
 COMMAND = f"notify.command=[sh,-c,'{TELLS}']"
-
-
-def told(place: Path) -> list[list[str]]:
-    path = place / "told"
-    text = path.read_text() if path.exists() else ""
-    return [line.split("|") for line in text.splitlines()]
 
 
 @pytest.mark.parametrize(

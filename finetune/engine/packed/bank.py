@@ -313,10 +313,11 @@ class Bank:
         timer.stop()
         slot_losses = torch.stack(losses).to(self.device)
         figures = PassFigures(slot_losses, torch.stack(norms).double(), timer)
-        for request in requests:
-            if self.is_asynchronous and request.prepare_next is not None:
-                request.prepare_next()
-        self._run_host_work_meanwhile()
+        if self.is_asynchronous:
+            for request in requests:
+                if request.prepare_next is not None:
+                    request.prepare_next()
+            self._run_host_work()
         return [ForwardBackwardResult(figures, index) for index in range(len(slots))]
 
     def _groups(self, requests: Sequence[_Request]) -> list[Sequence[_Request]]:
@@ -470,15 +471,11 @@ class Bank:
 
     def _fetch(self, figures: torch.Tensor) -> list[Any]:
         """Copy a pass's figures to the host."""
-        self._run_host_work_meanwhile()
+        if self.is_asynchronous:
+            self._run_host_work()
         # The kernels are queued by now; `tolist` waits until the GPU has computed them.
         values: list[Any] = figures.tolist()
         return values
-
-    def _run_host_work_meanwhile(self) -> None:
-        """Call `host_work` while a GPU computes the pass that has been queued."""
-        if self.is_asynchronous:
-            self._run_host_work()
 
     def _run_host_work(self) -> None:
         """Call `host_work`, unless it has been called already."""

@@ -94,13 +94,13 @@ class PackedTraining:
         self._slot = slot
         self._rows = rows
         self._total = total
-        rungs = evaluation_rungs(config.trainer.eval_steps, total)
+        self._rungs = evaluation_rungs(config.trainer.eval_steps, total)
         self._answer_steps: list[int] = []
         """The steps after which answers are generated."""
         # Nobody knows when a run that ends by the clock asks for answers.
         is_timed = config.trainer.max_minutes is not None
         if generates_answers(config.evaluation) and not is_timed:
-            self._answer_steps = answer_steps(config.evaluation, rungs)
+            self._answer_steps = answer_steps(config.evaluation, self._rungs)
         self._step_number = 0
         """Of the step that is computed, or that an evaluation follows."""
         self._noise_alpha = config.trainer.extra.get("neftune_noise_alpha")
@@ -138,7 +138,6 @@ class PackedTraining:
         lengths = self._rows.lengths
         steps = step_batches(lengths, self._config, self._total)
         progress = reporter.progress
-        rungs = evaluation_rungs(self._config.trainer.eval_steps, self._total)
         unreported: _TakenStep | None = None
         with reporter.live():
             yield from reporter.begin()
@@ -155,7 +154,9 @@ class PackedTraining:
                 is_save_due = bool(save_every) and number % save_every == 0
                 # A step that has been taken can't be taken back: a run stops after it.
                 is_stopping = following is None or progress.stop is not None
-                is_due = is_save_due or reporter.is_checkpoint_due or number in rungs
+                is_due = (
+                    is_save_due or reporter.is_checkpoint_due or number in self._rungs
+                )
                 if self._reports_late and not (is_stopping or is_due):
                     unreported = taken
                     continue
