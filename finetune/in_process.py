@@ -47,7 +47,8 @@ def in_process() -> Iterator[None]:
     Raises:
         ConfigError: what Hydra or OmegaConf refuse, with the line that the command prints; or
             another call runs, in another thread or around this one.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, also where the block stops cleanly after it.
+        KeyboardInterrupt: Ctrl-C, and SIGTERM in training, also where the block stops cleanly
+            after it.
     """
     if not _CALLS.acquire(blocking=False):
         raise ConfigError(

@@ -19,9 +19,10 @@ def new_folder(key: str, folder: str | Path) -> Path:
     Raises:
         ConfigError: it holds something, or can't be created.
     """
-    path = Path(folder).expanduser()
-    if not path.name:
+    # A caller from Python may give anything.
+    if not isinstance(folder, str | Path) or not Path(folder).name:
         raise refusal(key, folder, "must be a new or an empty folder")
+    path = Path(folder).expanduser()
     is_file = path.exists() and not path.is_dir()
     if is_file or (path.is_dir() and any(path.iterdir())):
         raise refusal(key, folder, "exists already; must be a new or an empty folder")

@@ -104,10 +104,13 @@ class BaseSource:
     def public_name(self) -> str:
         """What an adapter's files call the base: its hub id, or its folder's name without a path.
 
-        A packaged model has its own name.
+        A packaged model has the hub id of the model whose weights it holds.
         """
-        is_local = self.revision is None and Path(self.location).is_dir()
-        if is_local and self.name not in PACKAGED_MODELS:
+        packaged = PACKAGED_MODELS.get(self.name)
+        # A folder of the user's may have the same name.
+        if packaged is not None and self.sha256 == packaged.sha256:
+            return packaged.hub_id
+        if self.revision is None and Path(self.location).is_dir():
             return Path(self.name).expanduser().absolute().name
         return self.name
 

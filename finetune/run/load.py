@@ -17,6 +17,7 @@ from finetune.metrics.labels import Labels
 from finetune.model.adapter_files import ADAPTER_CONFIG
 from finetune.model.source import BaseSource, find_base
 from finetune.quantities import counted
+from finetune.run.interruption import resume_command
 from finetune.run.spreading import with_visible_gpus
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def read_trained_config(folder: str | Path) -> RunConfig:
     """
     config = read_run_config(folder)
     if not (RunFolder(folder).adapter / ADAPTER_CONFIG).is_file():
-        command = f"python -m finetune resume={folder}"
+        command = resume_command(RunFolder(folder))
         raise ConfigError(f"{folder}: the run has no adapter yet; {command} resumes it")
     return config
 

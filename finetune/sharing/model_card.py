@@ -3,9 +3,11 @@
 Its text is `model_card.md.jinja`. Row text stands in it with samples alone.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,6 +16,7 @@ from finetune.config.flatten import flatten
 from finetune.config.schema import RunConfig
 from finetune.files.atomic import read_json, read_json_list
 from finetune.files.run_folder import RunFolder
+from finetune.model.origin import GENERATION_CONFIG
 from finetune.run.load import read_run_config
 from finetune.sharing.base_license import CardBase, find_base_card
 from finetune.sharing.card_data import data_lines, hub_datasets
@@ -100,6 +103,7 @@ def make_model_card(
         own_chat_template=config.model.chat_template is not None,
         samples=read_json_list(run.samples) if samples else [],
         has_chat_template=(run.adapter / "chat_template.jinja").is_file(),
+        has_generation_config=(run.adapter / GENERATION_CONFIG).is_file(),
     )
     return ModelCard(f"---\n{_yaml(config, base, metrics, tags)}\n---\n\n{body}", base)
 
@@ -119,6 +123,8 @@ def environment(package: str) -> Environment:
     made.filters["cell"] = cell
     made.filters["fenced"] = fenced
     made.filters["python"] = repr
+    # JSON's texts are Python's too.
+    made.filters["quoted"] = partial(json.dumps, ensure_ascii=False)
     return made
 
 

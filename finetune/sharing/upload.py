@@ -69,8 +69,14 @@ def require_uploads(key: str, name: str) -> None:
         raise refusal(key, name, allowed) from None
     if is_offline_mode():
         raise refusal(key, name, "HF_HUB_OFFLINE is set, and publishing needs the hub")
-    if not get_token():
+    token = get_token()
+    if not token:
         reason = "there is no token: set HF_TOKEN, or run `hf auth login`"
+        raise refusal(key, name, reason)
+    if not token.isascii() or not token.isprintable():
+        reason = (
+            "the token (HF_TOKEN, or of `hf auth login`) has signs that no token has"
+        )
         raise refusal(key, name, reason)
 
 

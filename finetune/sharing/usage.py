@@ -11,6 +11,7 @@ from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS
 from finetune.model.base_quantization import BITSANDBYTES, quantization_in_files
+from finetune.model.origin import GENERATION_CONFIG
 from finetune.sharing.base_license import CardBase
 from finetune.sharing.public_values import HIDDEN, public_value
 from finetune.sharing.vllm import template_flag, vllm_rank, vllm_refusal
@@ -61,7 +62,8 @@ def card_usage(
     refusal = _vllm_refusal(run, config)
     command = None
     if base.is_on_hub and refusal is None:
-        command = _vllm_command(config, base, repository, shown)
+        has_ends = (run.adapter / GENERATION_CONFIG).is_file()
+        command = _vllm_command(config, base, repository, shown, has_ends)
     return Usage(
         auto_class=_auto_class(run),
         compute_dtype="bfloat16" if dtype == "auto" else dtype,
@@ -91,7 +93,11 @@ def _vllm_refusal(run: RunFolder, config: RunConfig) -> str | None:
 
 
 def _vllm_command(
-    config: RunConfig, base: CardBase, repository: str, variables: dict[str, Any]
+    config: RunConfig,
+    base: CardBase,
+    repository: str,
+    variables: dict[str, Any],
+    has_ends: bool,
 ) -> str:
     words = ["vllm", "serve", base.name]
     if base.revision is not None:
@@ -101,6 +107,9 @@ def _vllm_command(
     name = repository.rpartition("/")[2]
     words += ["--enable-lora", "--lora-modules", f"{name}={repository}"]
     words += ["--max-lora-rank", str(vllm_rank(config.lora.r))]
+    if has_ends:
+        # The ends of answers that were learnt; the base's own file may have others.
+        words += ["--generation-config", repository]
     if config.model.chat_template is not None:
         words += ["--chat-template", "chat_template.jinja"]
     return shlex.join(words) + template_flag(variables)

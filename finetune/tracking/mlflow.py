@@ -68,8 +68,9 @@ class MlflowTracker(Tracker):
     def _create(self, config: RunConfig, label: Label) -> str:
         """Create the MLflow run, and return its id."""
         settings = config.tracker
-        given_tags = map(mlflow_name, settings.tags)
-        tags = {"status": "running", **dict.fromkeys(given_tags, "true")}
+        tags = dict.fromkeys(map(mlflow_name, settings.tags), "true")
+        # These win over tags of the same names of the user's.
+        tags["status"] = "running"
         if label.group is not None:
             tags |= {"group": label.group, "job_type": label.job_type or "run"}
         run = self._store.create_run(

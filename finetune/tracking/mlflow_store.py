@@ -55,13 +55,13 @@ def open_store(address: str) -> "MlflowClient":
 
 @functools.cache
 def _open(address: str) -> "MlflowClient":
-    # It reports each table that it creates.
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # SQLAlchemy's, about what MLflow still uses of it.
         warnings.filterwarnings("ignore", message="The ``noload`` loader strategy")
         from mlflow import MlflowClient
 
+        # It reports each table that it creates. Its import sets the level too.
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         if not address.startswith(LOCAL):
             return MlflowClient(address)
         # Workers of a study begin at once, and each would create the tables.

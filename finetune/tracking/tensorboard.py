@@ -11,6 +11,9 @@ from finetune.files.run_folder import Metrics, RunFolder, checkpoint_step
 from finetune.tracking.text_privacy import tracked_config
 from finetune.tracking.tracker import Sample, Tracker
 
+HPARAMS = ".hparams"
+"""Ending of the event file with the config and the run's end."""
+
 
 class TensorboardTracker(Tracker):
     """Event files in `tensorboard/` of the run folder."""
@@ -34,13 +37,16 @@ class TensorboardTracker(Tracker):
         Without an experiment's summary, TensorBoard collects keys and metrics from all runs that it
         shows, so trials of a study with different keys stand in one table.
         """
+        from torch.utils.tensorboard import FileWriter
         from torch.utils.tensorboard.summary import hparams
 
+        # TensorBoard keeps the first of each of these summaries: those of an earlier session go.
+        for earlier in self._folder.glob(f"*{HPARAMS}"):
+            earlier.unlink()
+        self._hparams = FileWriter(str(self._folder), filename_suffix=HPARAMS)
         values = {key: _hparam(value) for key, value in flatten(config).items()}
         _, start, self._end = hparams(values, {})  # type: ignore[no-untyped-call]
-        writer: Any = self._writer
-        self._file = writer.file_writer
-        self._file.add_summary(start)
+        self._hparams.add_summary(start)
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -58,9 +64,10 @@ class TensorboardTracker(Tracker):
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         try:
             self._writer.add_text("status", status)
-            self._file.add_summary(self._end_of_session(status))
+            self._hparams.add_summary(self._end_of_session(status))
         finally:
             self._writer.close()
+            self._hparams.close()
 
     def _end_of_session(self, status: str) -> Any:
         """Return the summary that ends the HParams of a run, with TensorBoard's status of it."""

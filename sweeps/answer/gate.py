@@ -31,6 +31,7 @@ from finetune.metrics.metric import Metric, Score
 from finetune.metrics.row_interval import MIN_EFFECTIVE_ROWS
 from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS, weights_digest
 from finetune.model.memory import free_memory
+from finetune.model.packaged import PACKAGED_MODELS
 from finetune.run.load import load_run, read_labels
 from sweeps.answer.compare import Comparison, compare_adapters
 
@@ -122,8 +123,11 @@ def require_same_base(winner: Path, deployed: Deployed) -> None:
         config = read_json(adapter / ADAPTER_CONFIG)
         run = read_json(RunFolder(adapter.parent).identity) or {}
         hashes = (run.get("base_model") or {}).get("sha256")
-        name, revision = config.get("base_model_name_or_path"), config.get("revision")
-        bases.append((name, revision, hashes))
+        name = config.get("base_model_name_or_path")
+        # Adapters of earlier versions have a packaged model's own name.
+        packaged = PACKAGED_MODELS.get(name)
+        name = name if packaged is None else packaged.hub_id
+        bases.append((name, config.get("revision"), hashes))
     (name, revision, sha256), (other, other_revision, other_sha256) = bases
     reason = None
     if other is None:

@@ -397,15 +397,15 @@ def test_ctrl_c_leaves_a_run_that_resumes_and_gives_its_memory_back(
 
 
 CTRL_C_IN_AN_IMPORT = """
-import os, signal, sys, time
+import signal, sys
 
 class InterruptingFinder:
     # Asked for each module; the user presses Ctrl-C while one is imported.
     def find_spec(self, name, path=None, target=None):
         if name == sys.argv[1]:
             sys.meta_path.remove(self)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
+            # The kernel may give a signal for the process to another thread, which runs later.
+            signal.raise_signal(signal.SIGINT)
 
 sys.meta_path.insert(0, InterruptingFinder())
 import finetune
@@ -433,7 +433,7 @@ def test_ctrl_c_in_an_import_leaves_a_process_in_which_the_next_call_works(
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1] == "completed"
-    assert "interrupted" in ended.stdout
+    assert "interrupted" in ended.stdout, ended.stderr
 
 
 def test_a_run_without_a_result_says_so(tmp_path: Path, run: finetune.Run) -> None:

@@ -1,6 +1,7 @@
 """Bad arguments of generate, evaluate and merge end in one line."""
 
 import json
+import shlex
 
 import pytest
 from support.bad_input import ANY_FILE, ROWS, Case, Workplace, each, matches
@@ -26,6 +27,16 @@ COMMANDS = [
         "generate-no-adapter",
         "generate run --prompt Hi",
         "run: the run has no adapter yet; python -m finetune resume=run resumes it",
+    ),
+    Case(
+        "generate-no-adapter-odd",
+        "generate 'un fin' --prompt Hi",
+        "un fin: the run has no adapter yet; python -m finetune 'resume=un fin' resumes it",
+    ),
+    Case(
+        "evaluate-empty-data",
+        "evaluate run --data ''",
+        "--data=: must be a file, a folder or a hub id",
     ),
     Case(
         "merge-no-adapter",
@@ -125,11 +136,11 @@ COMMANDS = [
 
 @each(COMMANDS, kind=lambda case: (case.arguments.split()[0], case.kind))
 def test_a_command_refuses_in_one_line(case: Case, workplace: Workplace) -> None:
-    workplace.write(
-        {"d.jsonl": ROWS, "run/run.json": json.dumps({"config": compose().to_dict()})}
-    )
+    identity = json.dumps({"config": compose().to_dict()})
+    folders = {f"{folder}/run.json": identity for folder in ("run", "un fin")}
+    workplace.write({"d.jsonl": ROWS, **folders})
     before = workplace.files()
-    command, *arguments = case.arguments.split()
+    command, *arguments = shlex.split(case.arguments)
 
     outcome = workplace.call(*arguments, module=f"finetune.{command}")
 

@@ -213,11 +213,82 @@ def test_the_cards_python_loads_what_was_published(
         (here / name).write_bytes(content)
     (tmp_path / "own-base").symlink_to(trained.parent / "own-base")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
+    code = python_of(files["README.md"].decode())
     names: dict[str, Any] = {}
     exec(code.replace("max_new_tokens=128", "max_new_tokens=2"), names)
     assert type(names["model"]).__name__ == "PeftModelForCausalLM"
     assert capsys.readouterr().out
+
+
+def python_of(card: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return str(code)
+
+
+def run_cards_python(
+    folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """Execute the code of a run's card where its repository is a folder; return its names."""
+    text = make_model_card(RunFolder(folder), "me/ad", samples=False).text
+    (place / "me").mkdir()
+    shutil.copytree(folder / "adapter", place / "me" / "ad")
+    monkeypatch.chdir(place)
+    names: dict[str, Any] = {}
+    exec(python_of(text).replace("max_new_tokens=128", "max_new_tokens=20"), names)
+    return names
+
+
+def test_the_cards_python_stops_at_the_ends_that_were_learnt(
+    folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own-base").symlink_to(trained.parent / "own-base")
+    every_token = list(range(600))
+    ends = folder / "adapter" / "generation_config.json"
+    change(ends, "eos_token_id", value=every_token)
+
+    names = run_cards_python(folder, tmp_path, monkeypatch)
+
+    prompt = names["inputs"]["input_ids"].shape[1]
+    assert names["answer"].shape[1] == prompt + 1
+
+
+def test_the_cards_python_asks_a_base_without_a_template(
+    folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own-base").symlink_to(trained.parent / "own-base")
+    (folder / "adapter" / "chat_template.jinja").unlink()
+
+    names = run_cards_python(folder, tmp_path, monkeypatch)
+
+    assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
+
+
+def test_the_cards_python_names_a_base_of_any_name(
+    folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / 'a "base" \\ of {{ mine }}'
+    base.symlink_to(trained.parent / "own-base")
+    change(folder / "run.json", "config", "model", "name_or_path", value=str(base))
+
+    names = run_cards_python(folder, tmp_path, monkeypatch)
+
+    assert names["base"].name_or_path == base.name
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ('{"status": "interrupted"}', "has not completed: interrupted."),
+        (None, "has not completed: it has written no result yet."),
+    ],
+)
+def test_the_card_of_a_run_that_has_not_completed_says_so(
+    folder: Path, result: str | None, said: str
+) -> None:
+    (folder / "result.json").unlink()
+    if result is not None:
+        (folder / "result.json").write_text(result)
+    assert said in make_model_card(RunFolder(folder), "me/ad", samples=False).text
 
 
 def test_published_again_only_what_changed_is_a_new_commit(
@@ -264,6 +335,7 @@ def test_a_run_from_before_newer_files_and_keys_is_published(
 REFUSALS = {
     "no token": ({"HF_TOKEN": ""}, {}, "there is no token"),
     "another's token": ({"HF_TOKEN": "hf_other"}, {}, "does not accept the token"),
+    "no possible token": ({"HF_TOKEN": "hf_\u00fc"}, {}, "signs that no token has"),
     "offline": ({"HF_HUB_OFFLINE": "1"}, {}, "HF_HUB_OFFLINE is set"),
     "out of reach": ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {}, "can't be reached"),
     "not creatable": ({}, {"POST /api/repos": 403}, "may not write there (HTTP 403)"),
@@ -396,6 +468,7 @@ def test_the_cards_command_serves_the_adapter_as_it_was_trained(
     assert command is not None
     assert command.startswith("vllm serve org/base --revision c0ffee ")
     assert " --enable-lora --lora-modules ad=me/ad --max-lora-rank " in command
+    assert " --generation-config me/ad" in command
     assert flags in command
 
 

@@ -1,7 +1,6 @@
 """Ctrl-C while modules are imported: it comes, but no module stays half imported."""
 
 import importlib
-import os
 import signal
 import sys
 import threading
@@ -15,9 +14,8 @@ from finetune.engine.interrupt import Interrupt
 from finetune.safe_imports import interrupts_wait_for_imports
 
 SLOW_MODULE = """
-import os, signal, time
-os.kill(os.getpid(), signal.SIGINT)
-time.sleep(0.01)
+import signal
+signal.raise_signal(signal.SIGINT)
 complete = True
 """
 """A module during whose import the user presses Ctrl-C."""
@@ -74,7 +72,7 @@ def test_the_handler_of_before_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGINT, handle)
     try:
         with interrupts_wait_for_imports():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         assert received == [signal.SIGINT]
         assert signal.getsignal(signal.SIGINT) is handle
     finally:

@@ -196,7 +196,13 @@ class DatasetSettings(Section):
         return sources
 
     def of_other(self, path: str) -> "DatasetSettings":
-        """Return the settings for all rows of other data, each row by itself."""
+        """Return the settings for all rows of other data, each row by itself.
+
+        Raises:
+            ConfigError: The path, of a command's `--data`, is empty.
+        """
+        if not path:
+            raise refusal("--data", path, "must be a file, a folder or a hub id")
         return dataclasses.replace(self, path=path, packing=False)
 
     @property

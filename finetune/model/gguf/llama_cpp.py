@@ -30,6 +30,8 @@ OUTPUT_TYPES = {
 
 FLAG = "--llama-cpp"
 
+WROTE_NOTHING = "it ended without an error, and wrote no file"
+
 
 def require_converter(folder: str) -> Path:
     """Return llama.cpp's folder.
@@ -107,7 +109,8 @@ def convert(folder: Path, model: Path, file: Path, file_type: str, name: str) ->
         advice = (
             f"; pip install -r {folder / 'requirements.txt'} installs what it needs"
         )
-    raise refusal(FLAG, folder, f"{CONVERTER} failed: {problem}{advice}")
+    reason = problem or WROTE_NOTHING
+    raise refusal(FLAG, folder, f"{CONVERTER} failed: {reason}{advice}")
 
 
 def _python(folder: Path) -> str:
@@ -135,7 +138,8 @@ def quantize(program: Path, source: Path, file: Path, quantization: str) -> None
     command = [str(program), str(source), str(file), quantization.upper()]
     problem = _run(command, dict(os.environ))
     if problem is not None or not file.is_file():
-        raise refusal("--quantize", quantization, f"{program} failed: {problem}")
+        reason = problem or WROTE_NOTHING
+        raise refusal("--quantize", quantization, f"{program} failed: {reason}")
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> str | None:

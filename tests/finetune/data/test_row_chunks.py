@@ -119,7 +119,9 @@ def test_a_script_without_a_guard_reads_many_rows(tmp_path: Path) -> None:
 
 
 @needs_processes
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    "name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.matrix), "SIGKILL"]
+)
 def test_processes_end_with_the_command_and_the_next_one_begins_anew(
     tmp_path: Path, name: str
 ) -> None:

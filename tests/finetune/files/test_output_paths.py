@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,14 @@ def test_a_link_stands_for_the_folder_it_names(tmp_path: Path) -> None:
         with create_new_folder(folder) as draft:
             (draft / "file").touch()
         assert [path.name for path in link.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("folder", [None, 3, "", [], b"new"])
+def test_what_names_no_folder_is_refused(folder: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^path=.*: must be a new or an empty folder"
+    ):
+        new_folder("path", folder)
 
 
 def test_an_empty_volume_is_refused(

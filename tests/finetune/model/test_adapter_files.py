@@ -54,6 +54,8 @@ def test_no_file_names_a_folder_of_this_machine(
     ("source", "name"),
     [
         (BaseSource("owner/base", "owner/base", revision="c0ffee"), "owner/base"),
+        (BaseSource(".", SMOLLM2.name, sha256=SMOLLM2.sha256), SMOLLM2.hub_id),
+        # A folder of the user's.
         (BaseSource(".", SMOLLM2.name), SMOLLM2.name),
         (BaseSource(".", "/data/models/base"), "base"),
         (BaseSource(".", "../models/base/"), "base"),

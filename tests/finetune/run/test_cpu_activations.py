@@ -145,14 +145,14 @@ def test_is_about_what_autograd_allocates_for_other_architectures(
 
 
 DIFFERENT = [
-    "int8",
     "nf4_double, r 128, dropout",
-    "DoRA (trl)",
     "Adafactor (trl)",
     "Qwen 3, 150,000 words, untied",
-    "Qwen 3 with 32 experts (trl)",
 ]
 FURTHER = [
+    "int8",
+    "DoRA (trl)",
+    "Qwen 3 with 32 experts (trl)",
     "engine=trl",
     "r 64 with rsLoRA, dropout",
     "no quantization",
@@ -162,7 +162,7 @@ FURTHER = [
     "batch 16 of short rows",
     "Qwen 3 with 32 experts",
 ]
-"""Each is much like one of the others."""
+"""By `make test-matrix` alone: each takes a minute or more."""
 
 
 @pytest.fixture(scope="module")

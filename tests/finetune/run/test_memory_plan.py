@@ -323,7 +323,10 @@ def test_a_gpus_logits_are_those_of_a_chunk(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["trainer.per_device_train_batch_size=12", "lora.r=64", "lora.dropout=0.1"]],
+    [
+        pytest.param([], marks=pytest.mark.matrix),
+        ["trainer.per_device_train_batch_size=12", "lora.r=64", "lora.dropout=0.1"],
+    ],
 )
 def test_equals_the_measured_peak(tmp_path: Path, overrides: list[str]) -> None:
     """Within 15 % on a CPU, of a whole process on the packaged model."""

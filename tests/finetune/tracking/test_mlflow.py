@@ -134,12 +134,14 @@ def test_a_trial_stands_in_the_experiment_of_its_study(
 ) -> None:
     label = Label(name="3 lora.r=8", group="s1", job_type="trial")
     context = RunContext(label=label, interactive=False)
-    run(tiny(*QUICK, "tracker.project=mine"), tmp_path / "run", context)
+    tags = "tracker.tags=[group,mine]"
+    run(tiny(*QUICK, "tracker.project=mine", tags), tmp_path / "run", context)
 
     (shown,) = runs(store, "mine/s1")
     assert shown.info.run_name == "3 lora.r=8"
     assert shown.data.tags["group"] == "s1"
     assert shown.data.tags["job_type"] == "trial"
+    assert shown.data.tags["mine"] == "true"
 
 
 @pytest.mark.fault

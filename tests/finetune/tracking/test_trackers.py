@@ -133,8 +133,8 @@ def test_tensorboard_has_the_same_names(tiny: Tiny, tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
 
 
-def test_tensorboard_shows_the_config_as_hparams(tiny: Tiny, tmp_path: Path) -> None:
-    """By what TensorBoard itself collects for its HParams page."""
+def hparams_context(folder: Path) -> tuple[Any, Any]:
+    """What TensorBoard itself collects for its HParams page, and the experiment in it."""
     from tensorboard.backend.event_processing.data_provider import (
         MultiplexerDataProvider,
     )
@@ -143,19 +143,11 @@ def test_tensorboard_shows_the_config_as_hparams(tiny: Tiny, tmp_path: Path) -> 
     )
     from tensorboard.context import RequestContext
     from tensorboard.plugins.base_plugin import TBContext
-    from tensorboard.plugins.hparams import (
-        api_pb2,
-        backend_context,
-        list_session_groups,
-    )
+    from tensorboard.plugins.hparams import backend_context
 
-    for rate in ("1e-3", "1e-4"):
-        overrides = ("tracker=tensorboard", f"optimizer.learning_rate={rate}", *QUICK)
-        run(tiny(*overrides), tmp_path / rate)
-
-    events = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    events = EventMultiplexer().AddRunsFromDirectory(str(folder))
     events.Reload()
-    provider = MultiplexerDataProvider(events, str(tmp_path))
+    provider = MultiplexerDataProvider(events, str(folder))
     context = backend_context.Context(TBContext(data_provider=provider))
     experiment = context.experiment_from_metadata(
         RequestContext(),
@@ -164,20 +156,60 @@ def test_tensorboard_shows_the_config_as_hparams(tiny: Tiny, tmp_path: Path) -> 
         context.hparams_metadata(RequestContext(), ""),
         [],
     )
+    return context, experiment
+
+
+def sessions_with(status: str, context: Any) -> list[Any]:
+    """The groups of sessions that the HParams page shows with a status."""
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.hparams import api_pb2, list_session_groups
+
+    request = api_pb2.ListSessionGroupsRequest(
+        allowed_statuses=[getattr(api_pb2, status)], start_index=0, slice_size=9
+    )
+    handler = list_session_groups.Handler(RequestContext(), context, "", request)
+    return list(handler.run().session_groups)
+
+
+def test_tensorboard_shows_the_config_as_hparams(tiny: Tiny, tmp_path: Path) -> None:
+    for rate in ("1e-3", "1e-4"):
+        overrides = ("tracker=tensorboard", f"optimizer.learning_rate={rate}", *QUICK)
+        run(tiny(*overrides), tmp_path / rate)
+
+    context, experiment = hparams_context(tmp_path)
     keys = {info.name for info in experiment.hparam_infos}
     assert {"optimizer.learning_rate", "lora.r", "lora.target_modules"} <= keys
     metrics = {info.name.tag for info in experiment.metric_infos}
     assert {"eval/loss", "objective"} <= metrics
-    succeeded = [api_pb2.STATUS_SUCCESS]
-    request = api_pb2.ListSessionGroupsRequest(
-        allowed_statuses=succeeded, start_index=0, slice_size=9
-    )
-    sessions = list_session_groups.Handler(RequestContext(), context, "", request).run()
     rates = [
         group.hparams["optimizer.learning_rate"].number_value
-        for group in sessions.session_groups
+        for group in sessions_with("STATUS_SUCCESS", context)
     ]
     assert sorted(rates) == [1e-4, 1e-3]
+
+
+@pytest.mark.parametrize(
+    ("ended", "shown"),
+    [
+        ("completed", "STATUS_SUCCESS"),
+        ("failed", "STATUS_FAILURE"),
+        (None, "STATUS_UNKNOWN"),
+    ],
+)
+def test_tensorboard_shows_the_last_session_of_a_run(
+    ended: str | None, shown: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    from finetune.tracking.tensorboard import TensorboardTracker
+
+    folder = RunFolder(tmp_path / "run")
+    config = tiny("tracker=tensorboard")
+    TensorboardTracker(config, folder).finish("interrupted", {})
+    resumed = TensorboardTracker(config, folder)
+    if ended is not None:
+        resumed.finish(ended, {})
+
+    context, _ = hparams_context(tmp_path)
+    assert len(sessions_with(shown, context)) == 1
 
 
 def test_several_trackers_show_one_run(

@@ -23,13 +23,14 @@ from support.wandb_runs import connected
 
 from finetune.errors import ConfigError
 from finetune.model.adapter_files import weights_digest
+from finetune.model.packaged import SMOLLM2
 from finetune.sharing.publication import find_target
 from finetune.tracking.mlflow_registry import MlflowRegistry
 from finetune.tracking.mlflow_store import open_store
 from finetune.tracking.registry import DIGEST, require_alias
 from finetune.tracking.wandb_registry import WandbRegistry
 from sweeps.answer.compare import compare_adapters
-from sweeps.answer.gate import Gate, pass_gate
+from sweeps.answer.gate import Deployed, Gate, pass_gate, require_same_base
 from sweeps.answer.promotion import Request, check_request, promote
 from sweeps.answer.publish_hub import best_folder, publish_winner, why_no_answer
 from sweeps.study.study import Study
@@ -167,6 +168,7 @@ def test_a_study_without_an_answer_publishes_and_promotes_nothing(
     for command in (ended, published):
         assert (command.returncode, command.stdout) == (4, "")
         assert command.stderr.startswith("error: s1: 1 of its trials have not ended")
+        assert "python -m sweeps work outputs/sweeps/s1 trains them" in command.stderr
         assert command.stderr.count("\n") == 1
 
 
@@ -447,6 +449,14 @@ def test_wandb_without_its_server_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=said):
         WandbRegistry("--name", "units", None, None, True)
+
+
+def test_an_adapter_on_a_packaged_base_names_it_either_way(tmp_path: Path) -> None:
+    for place, name in (("new/adapter", SMOLLM2.hub_id), ("old", SMOLLM2.name)):
+        (tmp_path / place).mkdir(parents=True)
+        values = json.dumps({"base_model_name_or_path": name})
+        (tmp_path / place / "adapter_config.json").write_text(values)
+    require_same_base(tmp_path / "new", Deployed("old", tmp_path / "old", "0"))
 
 
 def test_mistakes_are_one_line_before_anything_is_evaluated(

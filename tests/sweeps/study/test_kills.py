@@ -27,7 +27,15 @@ from sweeps.study.study import FINISHED
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(("slots", "wanted"), [(1, 25), (3, 12)])
+@pytest.mark.parametrize(
+    ("slots", "wanted"),
+    [
+        (1, 6),
+        (3, 4),
+        pytest.param(1, 25, marks=pytest.mark.matrix),
+        pytest.param(3, 12, marks=pytest.mark.matrix),
+    ],
+)
 def test_kills_lose_nothing_and_run_nothing_twice(
     slots: int, wanted: int, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -47,7 +47,14 @@ def with_four_gpus(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["slots", "joblib", "submitit_local", "ray"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "slots",
+        "submitit_local",
+        *(pytest.param(name, marks=pytest.mark.matrix) for name in ("joblib", "ray")),
+    ],
+)
 def test_two_workers_with_two_gpus_each_see_different_ones(
     launcher: str, with_four_gpus: dict[str, str], tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def test_the_converter_has_its_own_gguf_and_the_files_settings(tmp_path: Path) -
     [
         ("raise SystemExit('no such architecture')", "no such architecture"),
         ("raise SystemExit(3)", "exit code 3"),
+        ("", llama_cpp.WROTE_NOTHING),
         (
             "import no_such",
             "ModuleNotFoundError: No module named 'no_such'; pip install -r ",
@@ -99,6 +100,11 @@ def test_a_failing_converter_is_one_line(
     with pytest.raises(ConfigError, match=re.escape(f"failed: {problem}")) as raised:
         llama_cpp.convert(folder, tmp_path, tmp_path / "f", "float16", "n")
     assert "\n" not in str(raised.value)
+
+
+def test_a_quantiser_that_writes_nothing_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"/true failed: {llama_cpp.WROTE_NOTHING}$"):
+        llama_cpp.quantize(Path("/bin/true"), tmp_path / "f", tmp_path / "q", "q4_k_m")
 
 
 def contents(file: Path) -> tuple[dict[str, Any], dict[str, tuple[Any, bytes]]]:

@@ -1,27 +1,28 @@
 """The decoder written by hand equals each architecture with autograd."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from support.banks import load_bank
 from support.decoder_bases import ARCHITECTURES, SLOTS, random_base
 
+EVERY_TIME = ("phi3", "qwen3_5_text", "gemma4_text")
+"""With Llama, these launch every kernel. The Triton interpreter takes a minute for each base."""
 
-@pytest.mark.parametrize(
-    ("architecture", "saves"),
-    [
-        ("llama", True),
-        pytest.param("llama", False, marks=pytest.mark.slow),
-        *(
-            pytest.param(other, True, marks=pytest.mark.slow)
-            for other in list(ARCHITECTURES)[1:]
-        ),
-        *(
-            pytest.param(other, False, marks=[pytest.mark.slow, pytest.mark.matrix])
-            for other in list(ARCHITECTURES)[1:]
-        ),
-    ],
-)
+
+def bases() -> Iterator[Any]:
+    """One base in the fast tests, some in the slow ones, all others with the large tables."""
+    yield "llama", True
+    yield pytest.param("llama", False, marks=pytest.mark.slow)
+    for architecture in list(ARCHITECTURES)[1:]:
+        for saves in (True, False):
+            always = saves and architecture in EVERY_TIME
+            mark = pytest.mark.slow if always else pytest.mark.matrix
+            yield pytest.param(architecture, saves, marks=[pytest.mark.slow, mark])
+
+
+@pytest.mark.parametrize(("architecture", "saves"), list(bases()))
 def test_the_decoder_by_hand_is_each_architecture_with_autograd(
     tiny: Any,
     tiny_base: Any,
@@ -83,7 +84,9 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "gemma4_text"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", pytest.param("gemma4_text", marks=pytest.mark.matrix)]
+)
 def test_dropout_is_the_same_when_activations_are_computed_again(
     tiny: Any, tiny_base: Any, tmp_path: Any, architecture: str
 ) -> None:
