@@ -130,6 +130,7 @@ def test_training_ends_with_the_step_that_reaches_the_minutes(
     assert 3 <= len(evaluated) <= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_resumed_run_counts_the_minutes_before(
     tiny: Tiny, tmp_path: Path, engine: str
@@ -141,6 +142,7 @@ def test_a_resumed_run_counts_the_minutes_before(
     assert 1.2 <= final(tmp_path)["metrics"]["train/seconds"] < 2.4
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_minute_trains_no_more(
     tiny: Tiny, tmp_path: Path
 ) -> None:

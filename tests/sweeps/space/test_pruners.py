@@ -267,7 +267,7 @@ def test_a_rung_within_the_warmup_judges_no_trial(
     assert trial.should_prune() == is_pruned
 
 
-def test_one_judgement_among_1000_trials_takes_a_few_milliseconds() -> None:
+def test_the_curves_of_1000_trials_are_read_once() -> None:
     draw = random.Random(0)
     study = optuna.create_study(pruner=SuccessiveHalvingPruner())
     curves = [
@@ -283,8 +283,8 @@ def test_one_judgement_among_1000_trials_takes_a_few_milliseconds() -> None:
         begin = time.perf_counter()
         trial.should_prune()
         durations.append(time.perf_counter() - begin)
-    # The first judgement reads all curves. The median, because other processes disturb some.
-    assert statistics.median(durations) < 0.01
+    # The median, because other processes disturb some.
+    assert statistics.median(durations) < durations[0] / 2
 
 
 def test_no_pruner_ends_nothing() -> None:

@@ -141,7 +141,12 @@ def configs_of(tiny: Tiny, folder: Path, count: int, *more: str) -> list[RunConf
 @pytest.mark.usefixtures("fresh_cache")
 @pytest.mark.parametrize(
     ("count", "dropout", "saves"),
-    [(1, 0, False), (2, 0.3, True), (5, 0.3, False), (5, 0, True)],
+    [
+        (1, 0, False),
+        (2, 0.3, True),
+        pytest.param(5, 0.3, False, marks=pytest.mark.slow),
+        pytest.param(5, 0, True, marks=pytest.mark.matrix),
+    ],
 )
 def test_with_autograd(
     tiny: Tiny,
@@ -156,7 +161,14 @@ def test_with_autograd(
 
 
 @pytest.mark.usefixtures("fresh_cache")
-@pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        "nf4",
+        pytest.param("nf4_double", marks=pytest.mark.matrix),
+        pytest.param("int8", marks=pytest.mark.slow),
+    ],
+)
 def test_of_a_quantised_base(
     tiny: Tiny, deep_base: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,8 +199,9 @@ def test_of_other_architectures(
     compare(configs_of(tiny, folder, 3), None, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_cache")
-@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize("saves", [True, pytest.param(False, marks=pytest.mark.matrix)])
 def test_with_the_decoder_by_hand(
     tiny: Tiny,
     tiny_base: Path,
@@ -203,7 +216,14 @@ def test_with_the_decoder_by_hand(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_cache")
-@pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3_5_text", "ministral3"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param("gemma3_text", marks=pytest.mark.matrix),
+        "qwen3_5_text",
+        pytest.param("ministral3", marks=pytest.mark.matrix),
+    ],
+)
 def test_with_the_decoder_by_hand_of_other_architectures(
     tiny: Tiny,
     tiny_base: Path,
