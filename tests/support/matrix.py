@@ -33,3 +33,13 @@ def fixed_part(
             )
         )
     return marked
+
+
+def further(*cases: Any) -> list[Any]:
+    """Mark cases as `matrix`: they are much like one that runs by default, and take long."""
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.matrix
+        )
+        for case in cases
+    ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support.matrix import further
 from support.rows import Settings, chat, store_rows, texts
 from support.runs import write_jsonl
 
@@ -119,9 +120,7 @@ def test_a_script_without_a_guard_reads_many_rows(tmp_path: Path) -> None:
 
 
 @needs_processes
-@pytest.mark.parametrize(
-    "name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.matrix), "SIGKILL"]
-)
+@pytest.mark.parametrize("name", ["SIGKILL", *further("SIGINT", "SIGTERM")])
 def test_processes_end_with_the_command_and_the_next_one_begins_anew(
     tmp_path: Path, name: str
 ) -> None:

@@ -144,12 +144,10 @@ def test_is_about_what_autograd_allocates_for_other_architectures(
         assert evaluating <= 1.25 * (planned.evaluating + planned.logits)
 
 
-DIFFERENT = [
-    "nf4_double, r 128, dropout",
+DIFFERENT = ["nf4_double, r 128, dropout"]
+FURTHER = [
     "Adafactor (trl)",
     "Qwen 3, 150,000 words, untied",
-]
-FURTHER = [
     "int8",
     "DoRA (trl)",
     "Qwen 3 with 32 experts (trl)",

@@ -206,7 +206,7 @@ def test_activations_that_would_not_fit_are_computed_twice(
 )
 @pytest.mark.parametrize(
     ("saves", "slots"),
-    [(False, 1), (True, 1), pytest.param(True, 2, marks=pytest.mark.slow)],
+    [(False, 1), (True, 1), pytest.param(True, 2, marks=pytest.mark.matrix)],
 )
 def test_a_gpus_plan_is_what_its_decoder_allocates(
     tiny: Callable[..., RunConfig],
@@ -320,11 +320,11 @@ def test_a_gpus_logits_are_those_of_a_chunk(
     assert peak == pytest.approx(planned, rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param([], marks=pytest.mark.matrix),
+        [],
         ["trainer.per_device_train_batch_size=12", "lora.r=64", "lora.dropout=0.1"],
     ],
 )

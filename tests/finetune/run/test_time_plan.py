@@ -184,7 +184,7 @@ class Recorder(Observer):
             self.seconds.append(rung.seconds)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_planned_shares_are_those_of_a_run(tmp_path: Path) -> None:
     """Shares, because a machine's speed changes between a plan and its run."""
     config = compose_run(

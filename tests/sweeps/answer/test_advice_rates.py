@@ -15,6 +15,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from support.matrix import further
 
 from sweeps.answer.advice import _bound_lines
 from sweeps.answer.importance import importances
@@ -74,8 +75,10 @@ def highest(rate: float) -> float:
     return rate + 2 * math.sqrt(rate * (1 - rate) / NOISE_STUDIES)
 
 
-@pytest.mark.parametrize("trials", [20, 40])
-@pytest.mark.parametrize("sampler_name", ["uniform", "tpe"])
+@pytest.mark.parametrize(
+    ("sampler_name", "trials"),
+    [("tpe", 20), *further(("uniform", 20), ("uniform", 40), ("tpe", 40))],
+)
 def test_of_pure_noise_nothing_is_said_to_matter(
     sampler_name: str, trials: int
 ) -> None:

@@ -13,6 +13,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.samplers import TPESampler
+from support.matrix import further
 
 from sweeps.answer.gain import simulate_gain
 from sweeps.answer.ranges import position
@@ -187,7 +188,7 @@ STUDIES = 4
 
 @pytest.mark.parametrize(
     ("trials", "right"),
-    [(20, 0.82), pytest.param(40, 0.95, marks=pytest.mark.matrix)],
+    further((20, 0.82), (40, 0.95)),
 )
 def test_the_gain_is_within_a_factor_of_two_on_average(
     trials: int, right: float

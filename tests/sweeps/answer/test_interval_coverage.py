@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from optuna.trial import create_trial
 from support.evaluations import evaluation, evaluations
+from support.matrix import further
 
 from finetune.metrics.row_interval import row_interval
 from sweeps.answer.candidates import _Candidate, _compare_with_others
@@ -35,7 +36,7 @@ def row_lengths(draw: np.random.Generator, spread: str, size: tuple[int, ...]) -
     return np.ceil(draw.lognormal(4, 0.8, size=size))
 
 
-@pytest.mark.parametrize("rows", [57, 300])
+@pytest.mark.parametrize("rows", [57, *further(300)])
 @pytest.mark.parametrize("spread", ["alike", "wide"])
 @pytest.mark.parametrize("shape", ["normal", "skewed", "heavy"])
 def test_intervals_over_rows_hold_the_truth_as_often_as_they_say(
@@ -52,8 +53,8 @@ def test_intervals_over_rows_hold_the_truth_as_often_as_they_say(
     assert 0.93 - 0.014 <= held / STUDIES <= 0.97 + 0.011
 
 
-@pytest.mark.parametrize("trials", [8, 40])
-@pytest.mark.parametrize("rows", [57, 1_000])
+@pytest.mark.parametrize("trials", [*further(8), 40])
+@pytest.mark.parametrize("rows", [57, *further(1_000)])
 @pytest.mark.parametrize("metric", ["loss", "accuracy"])
 def test_of_equal_configs_the_winners_is_hardly_ever_called_better(
     metric: str, rows: int, trials: int

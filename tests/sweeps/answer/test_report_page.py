@@ -17,6 +17,7 @@ from playwright import sync_api as playwright
 from support.browser import screenshot
 from support.commands import Station
 from support.configs import study_overrides
+from support.matrix import further
 from support.studies import COMPLETE, FAIL, PRUNED, kinds, made_study, text_of, trial
 
 from finetune.run.resources import SharedResources
@@ -236,7 +237,7 @@ def test_a_page_that_nobody_writes_anew_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["real", "large", *kinds()])
+@pytest.mark.parametrize("kind", ["real", "large", *further(*kinds())])
 def test_a_browser_draws_every_chart_without_errors_or_the_network(
     kind: str, browser: Any, done: Path, tmp_path: Path
 ) -> None:

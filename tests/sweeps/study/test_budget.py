@@ -9,6 +9,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from support.commands import Forked, Station, run_cli
 from support.configs import study_overrides
+from support.matrix import further
 from support.studies import made_study
 from support.study_folder import folder_of, result_of, told, trials_of
 
@@ -113,7 +114,7 @@ def test_without_a_number_of_trials_a_claim_adds_the_trial_that_it_needs(
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [*further(1), 2])
 def test_claims_stop_once_the_budget_is_reached(
     workers: int, tokens: int, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.commands import SLOW_STEPS, Station
 from support.configs import study_overrides
+from support.matrix import further
 from support.wandb_runs import connected, run_sync
 from support.wandb_server import Behaviour, WandbServer, wandb_server
 
@@ -162,7 +163,7 @@ def test_a_live_study_is_shown_whole(
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("behaviour", ["refuse", "hang", "die"])
+@pytest.mark.parametrize("behaviour", [*further("refuse", "hang"), "die"])
 def test_a_live_study_whose_server_fails_is_shown_whole_by_the_command_that_it_prints(
     behaviour: Behaviour | str,
     server: WandbServer,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.commands import run_cli
 from support.configs import study_overrides
+from support.matrix import further
 from support.studies import settings_of, sweeper_config
 
 from finetune.errors import ConfigError
@@ -51,8 +52,7 @@ def with_four_gpus(tmp_path: Path) -> dict[str, str]:
     "launcher",
     [
         "slots",
-        "submitit_local",
-        *(pytest.param(name, marks=pytest.mark.matrix) for name in ("joblib", "ray")),
+        *further("submitit_local", "joblib", "ray"),
     ],
 )
 def test_two_workers_with_two_gpus_each_see_different_ones(

@@ -13,6 +13,7 @@ import pytest
 from optuna.trial import TrialState
 from support.commands import SLOW_STEPS, Station, run_cli, wait_until
 from support.configs import study_overrides
+from support.matrix import further
 from support.study_folder import (
     folder_of,
     read,
@@ -167,7 +168,9 @@ def require_clean_end(cwd: Path, study: list[str], station: Station) -> None:
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    "everyone", [False, True], ids=["the command alone", "as a terminal sends it"]
+    "everyone",
+    [*further(False), True],
+    ids=["the command alone", "as a terminal sends it"],
 )
 def test_workers_end_cleanly_when_the_study_is_interrupted(
     everyone: bool, station: Station, tiny_base: Path, tmp_path: Path

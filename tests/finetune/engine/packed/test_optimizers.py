@@ -42,13 +42,15 @@ SETTINGS |= {
 OFTEN = ("adamw_8bit", "adafactor", "LoRA+")
 """Tested always; the others are slow."""
 
-EACH = [
-    pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
-    for name in SETTINGS
-]
+
+def each(*marks: pytest.MarkDecorator) -> list[Any]:
+    """All settings; those that are not tested often have marks."""
+    return [
+        pytest.param(name, marks=() if name in OFTEN else marks) for name in SETTINGS
+    ]
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", each(pytest.mark.slow))
 def test_trains_as_with_trl(tiny: Tiny, tmp_path: Path, name: str) -> None:
     for engine in ("trl", "packed"):
         config = tiny(*SHORT, *SETTINGS[name], f"trainer.engine={engine}")
@@ -73,7 +75,7 @@ def test_slots_with_other_optimizers_train_as_alone(tiny: Tiny, tmp_path: Path) 
         assert losses(together[number]) == pytest.approx(losses(alone), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", each(pytest.mark.matrix))
 def test_goes_on_bit_for_bit(tiny: Tiny, tmp_path: Path, name: str) -> None:
     config = tiny(*SHORT, *SETTINGS[name], "trainer.max_steps=6")
     run(config, tmp_path / "whole", RunContext(interactive=False))
@@ -86,7 +88,7 @@ def test_goes_on_bit_for_bit(tiny: Tiny, tmp_path: Path, name: str) -> None:
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", each(pytest.mark.slow))
 def test_the_plan_counts_the_state(tiny: Tiny, name: str) -> None:
     """Against the state of an optimizer of a whole adapter after a step."""
     import torch

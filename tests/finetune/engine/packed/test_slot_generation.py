@@ -72,7 +72,7 @@ def together(steps: list[Any]) -> list[list[str]]:
 @pytest.mark.parametrize("sampling", [None, Sampling(1.0, 0.9, seed=3)])
 @pytest.mark.parametrize(
     "runs_fixture",
-    ["tiny_runs", pytest.param("packaged_runs", marks=pytest.mark.slow)],
+    ["tiny_runs", pytest.param("packaged_runs", marks=pytest.mark.matrix)],
 )
 def test_answers_of_three_slots_equal_each_alone(
     runs_fixture: str, sampling: Sampling | None, request: pytest.FixtureRequest

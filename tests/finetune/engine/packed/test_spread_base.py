@@ -220,7 +220,7 @@ def test_with_the_decoder_by_hand(
     "architecture",
     [
         pytest.param("gemma3_text", marks=pytest.mark.matrix),
-        "qwen3_5_text",
+        pytest.param("qwen3_5_text", marks=pytest.mark.matrix),
         pytest.param("ministral3", marks=pytest.mark.matrix),
     ],
 )

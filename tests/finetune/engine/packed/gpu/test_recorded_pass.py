@@ -69,7 +69,7 @@ def train(slots: list[Any], lengths: list[list[int]], seed: int = 2) -> Figures:
 LENGTHS = [[3, 14], [8], [5, 6, 7]]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @bases()
 def test_padding_changes_no_loss_and_no_gradient(
     architecture: str, tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
