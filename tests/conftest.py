@@ -29,12 +29,10 @@ quiet_libraries()
 
 
 LONGEST = """
-test_options test_notebook test_recorded_pass test_compiled_kernels test_faults test_workers
-test_study_database test_decoder test_kills test_queue test_wandb_study test_lost_workers
-test_architectures test_training test_pack test_study test_launcher test_run test_learning_rate
-test_memory_plan test_commands test_bank test_samples test_pack_order test_multimodal
-test_confirm test_samplers test_packed_study test_bad_config test_kernels test_resources
-test_trackers test_report_page test_selection test_publish_wandb test_promotion
+test_options test_notebook test_kills test_study_database test_training test_pack test_study test_launcher test_run
+test_learning_rate test_memory_plan test_commands test_bank test_samples test_pack_order
+test_multimodal test_confirm test_samplers test_packed_study test_bad_config test_kernels
+test_resources test_trackers test_decoder test_report_page test_selection test_publish_wandb test_promotion
 """.split()
 """The files that take longest begin first, so that neither of two processes is idle at the end."""
 
