@@ -10,6 +10,11 @@ import pytest
 def _unwritten_memory_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill new tensors of floats with their largest value, so that a kernel overflows that reads them."""
     import torch
+    from torch.utils._device import _device_constructors
+
+    # The first `torch.device("meta")` of the process remembers which functions it changes: with
+    # the replacements below, weights would be made on the CPU in all tests that follow.
+    _device_constructors()
 
     def filled(function: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
