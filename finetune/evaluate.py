@@ -171,7 +171,7 @@ def compare(folder: Path, data: str, answers_file: str | None = None) -> Compari
     answers_path = None
     if answers_file is not None:
         answers_path = output_file("--answers", answers_file)
-    settings = config.dataset.of_other(data)
+    settings = config.dataset.of_other("--data", data)
     rows = load_all_rows("--data", settings)
 
     # Imports torch, so only after all that is refused without it.

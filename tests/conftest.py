@@ -29,7 +29,8 @@ quiet_libraries()
 
 
 LONGEST = """
-test_options test_notebook test_kills test_study_database test_training test_pack test_study test_launcher test_run
+test_options test_notebook
+test_kills test_study_database test_training test_pack test_study test_launcher test_run
 test_learning_rate test_memory_plan test_commands test_bank test_samples test_pack_order
 test_multimodal test_confirm test_samplers test_packed_study test_bad_config test_kernels
 test_resources test_trackers test_decoder test_report_page test_selection test_publish_wandb test_promotion

@@ -16,7 +16,6 @@ from finetune.config.flatten import flatten
 from finetune.config.schema import RunConfig
 from finetune.files.atomic import read_json, read_json_list
 from finetune.files.run_folder import RunFolder
-from finetune.model.origin import GENERATION_CONFIG
 from finetune.run.load import read_run_config
 from finetune.sharing.base_license import CardBase, find_base_card
 from finetune.sharing.card_data import data_lines, hub_datasets
@@ -103,7 +102,6 @@ def make_model_card(
         own_chat_template=config.model.chat_template is not None,
         samples=read_json_list(run.samples) if samples else [],
         has_chat_template=(run.adapter / "chat_template.jinja").is_file(),
-        has_generation_config=(run.adapter / GENERATION_CONFIG).is_file(),
     )
     return ModelCard(f"---\n{_yaml(config, base, metrics, tags)}\n---\n\n{body}", base)
 

@@ -74,9 +74,7 @@ def require_uploads(key: str, name: str) -> None:
         reason = "there is no token: set HF_TOKEN, or run `hf auth login`"
         raise refusal(key, name, reason)
     if not token.isascii() or not token.isprintable():
-        reason = (
-            "the token (HF_TOKEN, or of `hf auth login`) has signs that no token has"
-        )
+        reason = "the token (HF_TOKEN, or of `hf auth login`) has characters that no token has"
         raise refusal(key, name, reason)
 
 

@@ -33,6 +33,8 @@ class Usage:
     """The variables of the chat template that may be published."""
     hidden_arguments: list[str]
     """Names of the others."""
+    has_generation_config: bool
+    """Whether the adapter has one, with the ends of answers that were learnt."""
     vllm: str | None
     """The command that serves it unmerged."""
     vllm_refusal: str | None
@@ -61,15 +63,16 @@ def card_usage(
     dtype = config.quantization.bnb_4bit_compute_dtype
     refusal = _vllm_refusal(run, config)
     command = None
+    has_generation_config = (run.adapter / GENERATION_CONFIG).is_file()
     if base.is_on_hub and refusal is None:
-        has_ends = (run.adapter / GENERATION_CONFIG).is_file()
-        command = _vllm_command(config, base, repository, shown, has_ends)
+        command = _vllm_command(config, base, repository, shown, has_generation_config)
     return Usage(
         auto_class=_auto_class(run),
         compute_dtype="bfloat16" if dtype == "auto" else dtype,
         trusts_remote_code=config.model.trust_remote_code,
         chat_arguments=shown,
         hidden_arguments=hidden,
+        has_generation_config=has_generation_config,
         vllm=command,
         vllm_refusal=refusal,
     )
@@ -97,7 +100,7 @@ def _vllm_command(
     base: CardBase,
     repository: str,
     variables: dict[str, Any],
-    has_ends: bool,
+    has_generation_config: bool,
 ) -> str:
     words = ["vllm", "serve", base.name]
     if base.revision is not None:
@@ -107,7 +110,7 @@ def _vllm_command(
     name = repository.rpartition("/")[2]
     words += ["--enable-lora", "--lora-modules", f"{name}={repository}"]
     words += ["--max-lora-rank", str(vllm_rank(config.lora.r))]
-    if has_ends:
+    if has_generation_config:
         # The ends of answers that were learnt; the base's own file may have others.
         words += ["--generation-config", repository]
     if config.model.chat_template is not None:

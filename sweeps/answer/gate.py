@@ -190,7 +190,7 @@ def read_rows(gate: Gate, config: RunConfig) -> StoredRows:
     Raises:
         ConfigError: They can't be read, or are too few.
     """
-    rows = load_all_rows("--data", config.dataset.of_other(gate.data))
+    rows = load_all_rows("--data", config.dataset.of_other("--data", gate.data))
     if len(rows) < MIN_EFFECTIVE_ROWS:
         raise _too_few_rows(gate)
     return rows
@@ -222,7 +222,7 @@ def pass_gate(
     Raises:
         ConfigError: The rows are too few, or the metric is no mean over rows.
     """
-    settings = config.dataset.of_other(gate.data)
+    settings = config.dataset.of_other("--data", gate.data)
     digest = ListDigest()
     digest.begin_list()
     for row in rows:

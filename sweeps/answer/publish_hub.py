@@ -48,15 +48,15 @@ def why_no_answer(study: Study) -> str | None:
     winner = find_winner(study)
     if winner is None:
         return f"{why_no_winner(study.trials())}, so there is no winner"
-    place = shlex.quote(os.path.relpath(study.folder))
+    folder = shlex.quote(os.path.relpath(study.folder))
     unfinished = len(study.trials(TrialState.RUNNING, TrialState.WAITING))
     if unfinished:
         count = f"{unfinished} of its trials have not ended"
-        return f"{count}; python -m sweeps work {place} trains them"
+        return f"{count}; python -m sweeps work {folder} trains them"
     answer = read_json(study.folder / ANSWER)
     has_adapter = RunFolder(best_folder(study)).adapter.is_dir()
     if not answer or answer["trial"] != winner.number or not has_adapter:
-        return f"it has no answer yet; python -m sweeps best {place} writes it"
+        return f"it has no answer yet; python -m sweeps best {folder} writes it"
     return None
 
 

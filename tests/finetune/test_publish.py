@@ -335,7 +335,11 @@ def test_a_run_from_before_newer_files_and_keys_is_published(
 REFUSALS = {
     "no token": ({"HF_TOKEN": ""}, {}, "there is no token"),
     "another's token": ({"HF_TOKEN": "hf_other"}, {}, "does not accept the token"),
-    "no possible token": ({"HF_TOKEN": "hf_\u00fc"}, {}, "signs that no token has"),
+    "no possible token": (
+        {"HF_TOKEN": "hf_\u00fc"},
+        {},
+        "characters that no token has",
+    ),
     "offline": ({"HF_HUB_OFFLINE": "1"}, {}, "HF_HUB_OFFLINE is set"),
     "out of reach": ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {}, "can't be reached"),
     "not creatable": ({}, {"POST /api/repos": 403}, "may not write there (HTTP 403)"),

@@ -195,14 +195,18 @@ class DatasetSettings(Section):
             sources.append(source)
         return sources
 
-    def of_other(self, path: str) -> "DatasetSettings":
+    def of_other(self, key: str, path: str) -> "DatasetSettings":
         """Return the settings for all rows of other data, each row by itself.
 
+        Args:
+            key: What error messages call the path.
+            path: A file, a folder or a hub id.
+
         Raises:
-            ConfigError: The path, of a command's `--data`, is empty.
+            ConfigError: The path is empty.
         """
         if not path:
-            raise refusal("--data", path, "must be a file, a folder or a hub id")
+            raise refusal(key, path, "must be a file, a folder or a hub id")
         return dataclasses.replace(self, path=path, packing=False)
 
     @property

@@ -101,16 +101,15 @@ def convert(folder: Path, model: Path, file: Path, file_type: str, name: str) ->
     # The folder's gguf before the installed one, also in modules that the converter imports.
     paths = [str(folder / "gguf-py"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    problem = _run(command, environment)
-    if problem is None and file.is_file():
+    problem = _write(file, command, environment)
+    if problem is None:
         return
     advice = ""
-    if problem is not None and "ModuleNotFoundError" in problem:
+    if "ModuleNotFoundError" in problem:
         advice = (
             f"; pip install -r {folder / 'requirements.txt'} installs what it needs"
         )
-    reason = problem or WROTE_NOTHING
-    raise refusal(FLAG, folder, f"{CONVERTER} failed: {reason}{advice}")
+    raise refusal(FLAG, folder, f"{CONVERTER} failed: {problem}{advice}")
 
 
 def _python(folder: Path) -> str:
@@ -136,14 +135,15 @@ def quantize(program: Path, source: Path, file: Path, quantization: str) -> None
     """
     log.info("quantising with %s", program)
     command = [str(program), str(source), str(file), quantization.upper()]
-    problem = _run(command, dict(os.environ))
-    if problem is not None or not file.is_file():
-        reason = problem or WROTE_NOTHING
-        raise refusal("--quantize", quantization, f"{program} failed: {reason}")
+    problem = _write(file, command, dict(os.environ))
+    if problem is not None:
+        raise refusal("--quantize", quantization, f"{program} failed: {problem}")
 
 
-def _run(command: Sequence[str], environment: dict[str, str]) -> str | None:
-    """Run a program; return the last line that it wrote if it fails, otherwise None.
+def _write(
+    file: Path, command: Sequence[str], environment: dict[str, str]
+) -> str | None:
+    """Let a program write a file; return None, or the last line that it printed if it fails.
 
     Raises:
         ConfigError: It can't be started.
@@ -161,6 +161,6 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> str | None:
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}") from error
     if done.returncode == 0:
-        return None
+        return None if file.is_file() else WROTE_NOTHING
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit code {done.returncode}"

@@ -13,7 +13,6 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.samplers import TPESampler
-from support.matrix import further
 
 from sweeps.answer.gain import simulate_gain
 from sweeps.answer.ranges import position
@@ -186,10 +185,8 @@ STUDIES = 4
 """Studies of each surface."""
 
 
-@pytest.mark.parametrize(
-    ("trials", "right"),
-    further((20, 0.82), (40, 0.95)),
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize(("trials", "right"), [(20, 0.82), (40, 0.95)])
 def test_the_gain_is_within_a_factor_of_two_on_average(
     trials: int, right: float
 ) -> None:

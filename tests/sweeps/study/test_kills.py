@@ -11,6 +11,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 from support.commands import SLOW_STEPS, Station, wait_until
 from support.configs import study_overrides
+from support.matrix import further
 from support.study_folder import (
     folder_of,
     metrics_of,
@@ -29,12 +30,7 @@ from sweeps.study.study import FINISHED
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("slots", "wanted"),
-    [
-        (1, 6),
-        (3, 4),
-        pytest.param(1, 25, marks=pytest.mark.matrix),
-        pytest.param(3, 12, marks=pytest.mark.matrix),
-    ],
+    [(1, 6), (3, 4), *further((1, 25), (3, 12))],
 )
 def test_kills_lose_nothing_and_run_nothing_twice(
     slots: int, wanted: int, station: Station, tiny_base: Path, tmp_path: Path

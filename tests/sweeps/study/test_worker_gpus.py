@@ -49,11 +49,7 @@ def with_four_gpus(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher",
-    [
-        "slots",
-        *further("submitit_local", "joblib", "ray"),
-    ],
+    "launcher", ["slots", *further("submitit_local", "joblib", "ray")]
 )
 def test_two_workers_with_two_gpus_each_see_different_ones(
     launcher: str, with_four_gpus: dict[str, str], tiny_base: Path, tmp_path: Path

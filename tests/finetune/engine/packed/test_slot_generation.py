@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from support.configs import compose
+from support.matrix import further
 from support.runs import NONE, Tiny
 
 from finetune.config.schema import RunConfig
@@ -72,7 +73,7 @@ def together(steps: list[Any]) -> list[list[str]]:
 @pytest.mark.parametrize("sampling", [None, Sampling(1.0, 0.9, seed=3)])
 @pytest.mark.parametrize(
     "runs_fixture",
-    ["tiny_runs", pytest.param("packaged_runs", marks=pytest.mark.matrix)],
+    ["tiny_runs", *further("packaged_runs")],
 )
 def test_answers_of_three_slots_equal_each_alone(
     runs_fixture: str, sampling: Sampling | None, request: pytest.FixtureRequest

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.banks import load_bank
 from support.decoder_bases import random_base
+from support.matrix import further
 from support.pretend_gpus import GPUS, LABELS, pretend_gpus, spread
 from support.runs import final, losses
 
@@ -145,7 +146,7 @@ def configs_of(tiny: Tiny, folder: Path, count: int, *more: str) -> list[RunConf
         (1, 0, False),
         (2, 0.3, True),
         pytest.param(5, 0.3, False, marks=pytest.mark.slow),
-        pytest.param(5, 0, True, marks=pytest.mark.matrix),
+        *further((5, 0, True)),
     ],
 )
 def test_with_autograd(
@@ -165,7 +166,7 @@ def test_with_autograd(
     "quantization",
     [
         "nf4",
-        pytest.param("nf4_double", marks=pytest.mark.matrix),
+        *further("nf4_double"),
         pytest.param("int8", marks=pytest.mark.slow),
     ],
 )
@@ -201,7 +202,7 @@ def test_of_other_architectures(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_cache")
-@pytest.mark.parametrize("saves", [True, pytest.param(False, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("saves", [True, *further(False)])
 def test_with_the_decoder_by_hand(
     tiny: Tiny,
     tiny_base: Path,
@@ -214,16 +215,9 @@ def test_with_the_decoder_by_hand(
     compare(configs, saves, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.usefixtures("fresh_cache")
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param("gemma3_text", marks=pytest.mark.matrix),
-        pytest.param("qwen3_5_text", marks=pytest.mark.matrix),
-        pytest.param("ministral3", marks=pytest.mark.matrix),
-    ],
-)
+@pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3_5_text", "ministral3"])
 def test_with_the_decoder_by_hand_of_other_architectures(
     tiny: Tiny,
     tiny_base: Path,

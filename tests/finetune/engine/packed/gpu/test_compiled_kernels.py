@@ -23,7 +23,7 @@ SCRIPT = Path(support.__file__).with_name("compile_kernels.py")
     [
         # The products of 80, 86 and 89 are the same instructions; 89 has the least memory.
         (89, 90),
-        pytest.param((80, 86), marks=pytest.mark.matrix),
+        *further(((80, 86),)),
     ],
 )
 @pytest.mark.parametrize(

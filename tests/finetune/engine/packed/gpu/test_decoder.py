@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from support.banks import load_bank
 from support.decoder_bases import ARCHITECTURES, SLOTS, random_base
+from support.matrix import further
 
 EVERY_TIME = ("phi3", "qwen3_5_text")
 """With Llama, these launch every kernel. The Triton interpreter takes a minute for each base."""
@@ -84,9 +85,7 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "architecture", ["llama", pytest.param("gemma4_text", marks=pytest.mark.matrix)]
-)
+@pytest.mark.parametrize("architecture", ["llama", *further("gemma4_text")])
 def test_dropout_is_the_same_when_activations_are_computed_again(
     tiny: Any, tiny_base: Any, tmp_path: Any, architecture: str
 ) -> None:

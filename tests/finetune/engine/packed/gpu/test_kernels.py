@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import pytest
+from support.matrix import further
 
 if TYPE_CHECKING:
     import torch
@@ -428,7 +429,7 @@ def test_one_rows_attention_never_reaches_another() -> None:
         (1, 1, 24, 24, None),
         pytest.param(2, 1, 32, 16, None, marks=pytest.mark.slow),
         pytest.param(2, 1, 256, 256, 20, marks=pytest.mark.slow),
-        pytest.param(2, 1, 512, 512, None, marks=pytest.mark.matrix),
+        *further((2, 1, 512, 512, None)),
     ],
 )
 @pytest.mark.parametrize("is_joined", [False, True])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from support.banks import load_bank
 from support.decoder_bases import ARCHITECTURES, SLOTS, random_base
+from support.matrix import further
 
 RECORDED = "finetune.engine.packed.gpu.recorded_pass"
 RECORDER = f"{RECORDED}.PassRecorder"
@@ -14,9 +15,8 @@ RECORDER = f"{RECORDED}.PassRecorder"
 
 def bases() -> Any:
     """One base in the slow tests, all others with the large tables."""
-    further = [name for name in ARCHITECTURES if name not in ("llama", "phi3")]
-    cases = [pytest.param(name, marks=pytest.mark.matrix) for name in further]
-    return pytest.mark.parametrize("architecture", ["llama", *cases])
+    others = [name for name in ARCHITECTURES if name not in ("llama", "phi3")]
+    return pytest.mark.parametrize("architecture", ["llama", *further(*others)])
 
 
 Figures = tuple[list[float], list[Any]]
