@@ -12,6 +12,7 @@ from finetune.config.sections.model import QuantizationSettings
 from finetune.console import summary_line
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.slot import Slot
+from finetune.engine.packed.turns import Steps
 from finetune.model.decoder_blocks import decoder_block_of
 from finetune.model.device import is_ampere_or_later
 from finetune.model.quantization import compute_dtype
@@ -43,8 +44,10 @@ class Backend(Protocol):
         batch: PackedBatch,
         slots: Sequence[Slot],
         dropout_steps: Sequence[int] | None,
-    ) -> tuple[torch.Tensor, Any]:
+    ) -> Steps[tuple[torch.Tensor, Any]]:
         """Compute the last hidden state at each position that predicts an answer token.
+
+        The embeddings are computed by the call itself, the rest by the steps.
 
         Args:
             batch: The tokens of all slots.
@@ -53,11 +56,12 @@ class Backend(Protocol):
                 evaluation: no dropout, and nothing is kept for a backward pass.
 
         Returns:
-            The hidden states [answer tokens, hidden_size], and the trace that `backward` takes.
+            Steps, whose result are the hidden states [answer tokens, hidden_size], and the trace
+            that `backward` takes.
         """
 
-    def backward(self, trace: Any, gradient: torch.Tensor) -> None:
-        """Replace the gradients of the slots' adapters (`slot.gradient`).
+    def backward(self, trace: Any, gradient: torch.Tensor) -> Steps[None]:
+        """Replace the gradients of the slots' adapters (`slot.gradient`), in steps.
 
         Args:
             trace: From `forward`.

@@ -6,6 +6,7 @@ it would have alone, up to the rounding of matrix products.
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -41,6 +42,7 @@ from finetune.engine.packed.requests import (
 )
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
+from finetune.engine.packed.turns import Steps, take_turns
 from finetune.engine.probes import Shortcut, model_type_of
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
@@ -303,10 +305,10 @@ class Bank:
         timer = PassTimer(self.device)
         slots = self._refreshed_slots(requests)
         # A copy between GPUs waits for what they compute: none in the middle of the passes.
-        passes = [self._forward(group) for group in self._groups(requests)]
-        losses = []
-        for training_pass in passes:
-            losses += self._backward(training_pass)
+        groups = self._groups(requests)
+        passes = take_turns([self._forward(group) for group in groups])
+        group_losses = take_turns([self._backward(each) for each in passes])
+        losses = [*itertools.chain(*group_losses)]
         for slot in slots:
             slot.collect_gradient()
         norms = [slot.gradient.norm() for slot in slots]
@@ -324,7 +326,7 @@ class Bank:
         """Divide requests into those that are computed together.
 
         On several GPUs one group's layers are computed by a GPU while another computes the next
-        layers of the group before (Huang et al., 2019, GPipe): launches do not wait for each other.
+        layers of the group before (`turns`).
         """
         if self._stages == 1:
             return [requests]
@@ -334,24 +336,34 @@ class Bank:
             requests[start : start + size] for start in range(0, len(requests), size)
         ]
 
-    def _forward(self, requests: Sequence[ForwardBackward]) -> "_TrainingPass":
+    def _forward(self, requests: Sequence[ForwardBackward]) -> Steps[_TrainingPass]:
         batch = self._packed_batch(requests)
         slots = [request.slot for request in requests]
         dropout_steps = [request.dropout_step for request in requests]
         with embedding_noise(self.base, requests, batch):
-            hidden, trace = self.backend.forward(batch, slots, dropout_steps)
+            steps = self.backend.forward(batch, slots, dropout_steps)
+        return self._finish_forward(requests, batch, steps)
+
+    def _finish_forward(
+        self,
+        requests: Sequence[ForwardBackward],
+        batch: PackedBatch,
+        steps: Steps[tuple[torch.Tensor, Any]],
+    ) -> Steps[_TrainingPass]:
+        hidden, trace = yield from steps
         # While a GPU computes the forward pass.
         loss_weights = self._loss_weights(requests, batch)
         return _TrainingPass(batch, hidden, trace, loss_weights)
 
-    def _backward(self, training_pass: "_TrainingPass") -> list[torch.Tensor]:
+    def _backward(self, training_pass: _TrainingPass) -> Steps[list[torch.Tensor]]:
         """Compute the gradients of a pass; return the slots' losses."""
+        yield self._head_device
         batch = training_pass.batch
         result = self._token_losses(
             training_pass.take_hidden(), batch.targets, training_pass.loss_weights
         )
         assert result.gradient is not None
-        self.backend.backward(training_pass.trace, result.gradient)
+        yield from self.backend.backward(training_pass.trace, result.gradient)
         # Each slot's own tokens are summed alone: NaN in one slot must not reach another.
         # In float64 the sum hardly depends on the order of its terms.
         losses = []
@@ -394,7 +406,9 @@ class Bank:
             The evaluation of each request's rows.
         """
         self._refreshed_slots(requests)
-        figures = [self._evaluate(group) for group in self._groups(requests)]
+        groups = self._groups(requests)
+        with torch.inference_mode():
+            figures = take_turns([self._evaluate(group) for group in groups])
         losses, tokens, correct = self._fetch(torch.cat(figures, 1))
         evaluations = []
         first_row = 0
@@ -409,7 +423,7 @@ class Bank:
             first_row = rows.stop
         return evaluations
 
-    def _evaluate(self, requests: Sequence[Evaluate]) -> torch.Tensor:
+    def _evaluate(self, requests: Sequence[Evaluate]) -> Steps[torch.Tensor]:
         """Compute the loss of each row, its answer tokens, and how many of these are predicted.
 
         Returns:
@@ -417,9 +431,8 @@ class Bank:
         """
         batch = self._packed_batch(requests)
         slots = [request.slot for request in requests]
-        with torch.inference_mode():
-            hidden, _ = self.backend.forward(batch, slots, None)
-            result = self._token_losses(hidden, batch.targets, None)
+        hidden, _ = yield from self.backend.forward(batch, slots, None)
+        result = self._token_losses(hidden, batch.targets, None)
         row_count = sum(len(request.rows) for request in requests)
         # In float64 the sum of a row hardly depends on the order of its terms.
         losses = result.losses.double()

@@ -21,6 +21,7 @@ from finetune.engine.packed.gpu.per_layer_input import (
     PerLayerEmbedding,
     ProjectionActivations,
 )
+from finetune.engine.packed.turns import Steps
 from finetune.model.decoder_blocks import DecoderBlock, has_per_layer_inputs
 from finetune.model.layer_devices import block_devices
 
@@ -103,8 +104,8 @@ class DecoderBlocks:
 
     def forward(
         self, x: torch.Tensor, context: PassContext, trains: bool
-    ) -> tuple[torch.Tensor, BlocksTrace]:
-        """Compute all blocks.
+    ) -> Steps[tuple[torch.Tensor, BlocksTrace]]:
+        """Compute all blocks, each in a step.
 
         Args:
             x: The embeddings [tokens, hidden_size].
@@ -126,6 +127,7 @@ class DecoderBlocks:
         stored: list[BlockActivations | torch.Tensor] = []
         for number, block in enumerate(self._blocks):
             device = self._devices[number]
+            yield device
             x = x.to(device)
             output, activations = block.forward(x, context.on(device))
             assert output is not None
@@ -169,8 +171,8 @@ class DecoderBlocks:
         # Contiguous, because the kernels compute addresses from the sizes alone.
         return cos[0].contiguous(), sin[0].contiguous()
 
-    def backward(self, trace: BlocksTrace, grad: torch.Tensor) -> None:
-        """Compute the gradients of the adapters, which go into the slots.
+    def backward(self, trace: BlocksTrace, grad: torch.Tensor) -> Steps[None]:
+        """Compute the gradients of the adapters, which go into the slots, each block in a step.
 
         Args:
             trace: From `forward`.
@@ -182,6 +184,7 @@ class DecoderBlocks:
             # Taken out of the trace, so that the activations are freed block by block.
             stored = trace.blocks.pop()
             device = self._devices[len(trace.blocks)]
+            yield device
             grad = grad.to(device)
             weight_cache: dict[str, torch.Tensor] | None = None
             if cache_weights:

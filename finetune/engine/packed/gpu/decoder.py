@@ -27,6 +27,7 @@ from finetune.engine.packed.gpu.rms_norm import (
     rms_norm,
     rms_norm_backward,
 )
+from finetune.engine.packed.turns import Steps
 from finetune.model.architectures import text_config_of
 from finetune.model.decoder_blocks import decoder_block_of
 from finetune.model.layer_devices import count_stages
@@ -113,7 +114,7 @@ class Decoder:
         batch: PackedBatch,
         slots: "Sequence[Slot]",
         dropout_steps: Sequence[int] | None,
-    ) -> tuple[torch.Tensor, Trace]:
+    ) -> Steps[tuple[torch.Tensor, Trace]]:
         """See `Backend.forward`."""
         # Steps are given in training only.
         trains = bool(dropout_steps)
@@ -123,9 +124,23 @@ class Decoder:
         if records and self._recorder.is_worthwhile(batch):
             size = pass_size(batch)
         context = self._contexts.make(batch, slots, dropout_steps, size)
-        x, trace = self._compute_blocks(context, size, trains)
+        if size is None:
+            # No name is bound to the embeddings, so that the blocks can free them.
+            blocks = self._blocks.forward(self._embed(context), context, trains)
+            return self._finish(blocks, batch.prediction_positions)
+        replayed = self._replay_or_launch(self._embed(context), context, size)
+        return self._finish(replayed, batch.prediction_positions)
+
+    @torch.no_grad()
+    def _finish(
+        self,
+        blocks: Steps[tuple[torch.Tensor, BlocksTrace | RecordedPass]],
+        prediction_positions: torch.Tensor,
+    ) -> Steps[tuple[torch.Tensor, Trace]]:
+        """Compute the blocks, and then the last norm."""
+        x, trace = yield from blocks
         # The last norm and the head see no other positions: only these have a loss.
-        positions = batch.prediction_positions.to(x.device)
+        positions = prediction_positions.to(x.device)
         hidden = x[positions].to(self._norm.weight.device)
         normalized, inverse_rms, _ = rms_norm(hidden, self._norm)
         return normalized, Trace(
@@ -136,19 +151,15 @@ class Decoder:
             tokens=len(x),
         )
 
-    def _compute_blocks(
-        self, context: PassContext, size: PassSize | None, trains: bool
-    ) -> tuple[torch.Tensor, BlocksTrace | RecordedPass]:
+    def _replay_or_launch(
+        self, x: torch.Tensor, context: PassContext, size: PassSize
+    ) -> Steps[tuple[torch.Tensor, BlocksTrace | RecordedPass]]:
         """Replay the blocks' forward pass if it is recorded for this size, else launch it."""
-        if size is None:
-            # No name is bound to the embeddings, so that the blocks can free them.
-            return self._blocks.forward(self._embed(context), context, trains)
-        x = self._embed(context)
         recorded = self._recorder.find(size, x, context)
         if recorded is not None:
             return recorded.forward(x, context), recorded
         before = torch.cuda.memory_allocated()
-        output, trace = self._blocks.forward(x, context, trains)
+        output, trace = yield from self._blocks.forward(x, context, trains=True)
         memory = torch.cuda.memory_allocated() - before
         self._recorder.remember(size, x, context, memory)
         return output, trace
@@ -159,13 +170,15 @@ class Decoder:
         return x
 
     @torch.no_grad()
-    def backward(self, trace: Trace, gradient: torch.Tensor) -> None:
+    def backward(self, trace: Trace, gradient: torch.Tensor) -> Steps[None]:
         """See `Backend.backward`."""
         # No name is bound to it here, so that the blocks can free it.
         if isinstance(trace.blocks, RecordedPass):
             trace.blocks.backward(self._output_gradient(trace, gradient))
-        else:
-            self._blocks.backward(trace.blocks, self._output_gradient(trace, gradient))
+            return
+        yield from self._blocks.backward(
+            trace.blocks, self._output_gradient(trace, gradient)
+        )
 
     def _output_gradient(self, trace: Trace, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of the blocks' output [tokens, hidden_size]."""
