@@ -181,16 +181,17 @@ def _to_dict(
     study: tuple[float, float] | None,
 ) -> dict[str, Any]:
     """Return the plan as `--json` prints it: memory in bytes, time in seconds."""
+    fullest = plan.fullest
     return {
         "memory": {
-            "process": plan.process,
-            "base": plan.base,
-            "unquantized_experts": plan.experts,
-            "adapter": plan.adapter,
-            "optimizer": plan.optimizer,
-            "activations": plan.activations,
-            "logits": plan.logits,
-            "evaluation": plan.evaluation,
+            "process": fullest.process,
+            "base": fullest.base,
+            "unquantized_experts": fullest.experts,
+            "adapter": fullest.adapter,
+            "optimizer": fullest.optimizer,
+            "activations": fullest.activations.alone.peak,
+            "logits": fullest.activations.logits,
+            "evaluation": fullest.activations.evaluating,
         },
         "peak": plan.peak(),
         "available": plan.available,
@@ -211,15 +212,16 @@ def _to_dict(
 
 
 def _print_memory(plan: "Plan", method: str) -> None:
+    fullest = plan.fullest
     rows = {
-        "python and libraries": plan.process,
-        f"base ({method})" if method != "none" else "base": plan.base,
-        "  its experts, not quantised": plan.experts,
-        "adapter and its gradient": plan.adapter,
-        "optimizer": plan.optimizer,
-        f"activations ({max(plan.batches)} tokens)": plan.activations,
-        "logits": plan.logits,
-        "evaluation": plan.evaluation,
+        "python and libraries": fullest.process,
+        f"base ({method})" if method != "none" else "base": fullest.base,
+        "  its experts, not quantised": fullest.experts,
+        "adapter and its gradient": fullest.adapter,
+        "optimizer": fullest.optimizer,
+        f"activations ({max(plan.batches)} tokens)": fullest.activations.alone.peak,
+        "logits": fullest.activations.logits,
+        "evaluation": fullest.activations.evaluating,
     }
     for name, size in rows.items():
         if size:

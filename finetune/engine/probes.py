@@ -137,7 +137,7 @@ def failure(
         if not plain.isfinite().all():
             return "its logits are not finite"
         tolerance = _tolerance(shortcut, model)
-        # Of a base that is spread over GPUs, either may be where the rows are, or where the head is.
+        # Of a base that is spread over GPUs, one may be where the rows are, one where the head is.
         computed = computed.to(plain.device)
         reason = _difference(computed.float(), plain.float(), tolerance)
     except Exception as error:

@@ -41,10 +41,10 @@ class Placement:
         """How many there are."""
         return self.blocks[-1] + 1
 
-    @property
-    def most_blocks(self) -> int:
-        """Blocks on the GPU that has most of them."""
-        return max(self.blocks.count(gpu) for gpu in range(self.gpus))
+    def blocks_on(self, gpu: int) -> range:
+        """Return the numbers of a GPU's blocks."""
+        first = self.blocks.index(gpu)
+        return range(first, first + self.blocks.count(gpu))
 
     def device_map(self, base: "PreTrainedModel") -> dict[str, int]:
         """Return the GPU of each module, by the module's full name.
@@ -66,8 +66,8 @@ class Placement:
                 gpu_of[full_name] = self.gpus - 1 if name == "norm" else 0
         return gpu_of
 
-    def share(self, base: "PreTrainedModel", size: WeightBytes) -> float:
-        """Return how much of the base's bytes the fullest GPU holds, from 0 to 1.
+    def shares(self, base: "PreTrainedModel", size: WeightBytes) -> list[float]:
+        """Return how much of the base's bytes each GPU holds, from 0 to 1.
 
         Args:
             base: The base, or its shapes without weights.
@@ -79,7 +79,7 @@ class Placement:
         held[self.head] += after
         for gpu, block in zip(self.blocks, blocks, strict=True):
             held[gpu] += block
-        return max(held) / sum(held)
+        return [size / sum(held) for size in held]
 
 
 def spread_blocks(base: "PreTrainedModel", gpus: int, size: WeightBytes) -> Placement:

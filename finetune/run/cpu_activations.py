@@ -20,9 +20,10 @@ from finetune.engine.prediction import SCORED_TOKENS
 from finetune.model.architectures import logit_transform_of
 from finetune.model.quantization import compute_dtype
 from finetune.run.batch_shape import BatchShape, packed_shape, padded_shape
+from finetune.run.device_memory import Activations, BackwardMemory
 from finetune.run.expert_costs import ExpertShape
 from finetune.run.layer_widths import read_widths
-from finetune.run.memory_costs import Activations, recurrent_elements
+from finetune.run.memory_costs import recurrent_elements
 
 TRL_TOKENS = 4096
 """Most tokens, and columns of the vocabulary, of a tile of TRL's fused head (TRL 1.16)."""
@@ -91,6 +92,7 @@ def cpu_activations(
     batches: Sequence[Sequence[Example]],
     evaluated: Sequence[Example],
     is_trl: bool,
+    tokens: int,
 ) -> Activations:
     """Count a CPU's activations in bytes.
 
@@ -101,6 +103,7 @@ def cpu_activations(
         batches: The rows of the training batches that may need most.
         evaluated: The longest rows that are evaluated, as many as the config asks for at once.
         is_trl: Whether TRL trains.
+        tokens: Of the largest training batch.
     """
     decoder = adapted.get_base_model().get_decoder()
     shares_prefixes = not recurrent_layers(decoder)
@@ -127,8 +130,14 @@ def cpu_activations(
         evaluating = packed_evaluation(base, packed_shape(evaluated, shares_prefixes))
     stored, passing, head = max(counts, key=lambda count: count[0] + max(count[1:]))
     logits = max(0, head - passing)
-    training = stored + passing
-    return Activations(training, training, logits, max(0, evaluating - logits))
+    training = BackwardMemory(stored, passing)
+    return Activations(
+        alone=training,
+        beside=training,
+        logits=logits,
+        evaluating=max(0, evaluating - logits),
+        tokens=tokens,
+    )
 
 
 def _layer_shape(shapes: Any, adapted: Any, scores: int) -> LayerShape:

@@ -75,9 +75,9 @@ def decoder_elements(
     config: RunConfig,
     targets: set[str],
     slots: int,
-    blocks: int | None = None,
-) -> tuple[int, int]:
-    """Count the elements of each token: in training, and in evaluation.
+    blocks: range | None = None,
+) -> tuple[int, int, int]:
+    """Count the elements of each token.
 
     Args:
         shapes: The base's text config.
@@ -85,6 +85,10 @@ def decoder_elements(
         targets: Names of the adapted layers.
         slots: How many slots train together.
         blocks: On the GPU; None: all.
+
+    Returns:
+        What the forward pass keeps for the backward pass, what that needs within it, and what
+        evaluation needs.
     """
     from finetune.engine.packed.gpu.blocks import stored_blocks
 
@@ -107,26 +111,24 @@ def decoder_elements(
     throughout = inputs.throughout(adapters) + _shared_heads(shapes, widths)
     # One layer at a time.
     evaluating = largest + hidden + inner + throughout
-    stored = len(layers)
+    recomputed = 0
     if config.trainer.gradient_checkpointing is True:
-        stored = stored_blocks(len(layers), slots)
-    here = blocks or len(layers)
-    # Those that keep theirs are the last ones, on the last GPU.
-    stored = min(stored, here)
-    # Any layer may be the one that is computed again.
-    stored_elements = max(sum(layers[-stored:]), largest)
+        recomputed = len(layers) - stored_blocks(len(layers), slots)
+    here = blocks or range(len(layers))
+    stored = layers[max(here.start, recomputed) : here.stop]
     # Within most layers, the forward and backward pass of the gate are the widest; of layers that
     # are wider than the first (Gemma 4), the gradient of the gate's product is.
     passing = max(3 * hidden + 2 * widths[0].inner, 4 * hidden + inner)
-    training = stored_elements + passing
+    # Any layer may be the one that is computed again, when those that were stored are freed.
+    passing += max(0, largest - sum(stored))
     if delta_nets is not None:
         # The layers above the last delta net have been freed before its backward pass.
-        remaining = max(1, stored - delta_nets.layers_above)
+        remaining = max(1, len(stored) - delta_nets.layers_above)
         below = layers[: len(layers) - delta_nets.layers_above]
-        passing = 2 * hidden + delta_nets.passing()
-        training = max(training, sum(below[-remaining:]) + passing)
-    layer_inputs = (here - stored) * hidden
-    return layer_inputs + training + throughout, evaluating
+        of_delta_net = sum(below[-remaining:]) + 2 * hidden + delta_nets.passing()
+        passing = max(passing, of_delta_net - sum(stored))
+    layer_inputs = (len(here) - len(stored)) * hidden
+    return layer_inputs + sum(stored) + throughout, passing, evaluating
 
 
 def _attention_elements(

@@ -14,6 +14,7 @@ from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED, BaseQuan
 from finetune.model.experts import router_layers
 from finetune.model.quantization import compute_dtype, should_dequantize
 from finetune.run.decoder_memory import decoder_elements
+from finetune.run.device_memory import Activations, BackwardMemory
 from finetune.run.expert_costs import expert_shape, quantized_expert_count
 from finetune.run.layer_widths import Widths, read_widths
 
@@ -143,23 +144,21 @@ def adapted_layers(model: Any) -> set[str]:
 class Elements:
     """Elements of activations in memory for each token."""
 
-    training: int
+    kept: int
+    """From the forward pass for the backward pass."""
+    passing: int
+    """Needed within the backward pass."""
     evaluating: int
 
+    @property
+    def training(self) -> int:
+        """The most at once."""
+        return self.kept + self.passing
 
-@dataclass(frozen=True)
-class Activations:
-    """Bytes of a run's largest batch."""
-
-    training: int
-    """Kept for the backward pass, and needed within it, when the run trains alone."""
-    beside: int
-    """The same when other slots train with it."""
-    logits: int
-    """One chunk of logits; on a CPU what it takes beyond the backward pass of a layer, which comes
-    when the logits are freed."""
-    evaluating: int
-    """Without a backward pass, beyond `logits`."""
+    def backward_memory(self, tokens: int, element_bytes: int) -> BackwardMemory:
+        """Return the bytes of so many tokens."""
+        size = tokens * element_bytes
+        return BackwardMemory(size * self.kept, size * self.passing)
 
 
 def gpu_activations(
@@ -170,7 +169,8 @@ def gpu_activations(
     tokens: int,
     evaluated: int,
     base: Any,
-    blocks: int | None = None,
+    blocks: range | None = None,
+    has_head: bool = True,
 ) -> Activations:
     """Count a GPU's activations in bytes.
 
@@ -182,15 +182,18 @@ def gpu_activations(
         tokens: Tokens of the largest training batch.
         evaluated: Tokens of the largest batch that is evaluated.
         base: The base without weights.
-        blocks: On the GPU that has most; None: all.
+        blocks: On the GPU; None: all.
+        has_head: Whether the output layer is on the GPU.
     """
     alone = activation_elements(shapes, config, targets, 1, base, blocks)
     packed = activation_elements(shapes, config, targets, 2, base, blocks)
+    logits = logits_bytes(shapes, targets is not None, element_bytes == 2)
     return Activations(
-        training=tokens * alone.training * element_bytes,
-        beside=tokens * packed.training * element_bytes,
-        logits=logits_bytes(shapes, targets is not None, element_bytes == 2),
+        alone=alone.backward_memory(tokens, element_bytes),
+        beside=packed.backward_memory(tokens, element_bytes),
+        logits=logits if has_head else 0,
         evaluating=evaluated * alone.evaluating * element_bytes,
+        tokens=tokens,
     )
 
 
@@ -200,7 +203,7 @@ def activation_elements(
     targets: set[str] | None,
     slots: int,
     base: Any = None,
-    blocks: int | None = None,
+    blocks: range | None = None,
 ) -> Elements:
     """Count the elements of activations that one token needs.
 
@@ -223,9 +226,8 @@ def activation_elements(
     checkpointing = config.trainer.gradient_checkpointing is True
     widths = read_widths(shapes, base)
     recurrent = recurrent_elements(shapes)
-    return _autograd_elements(
-        blocks or shapes.num_hidden_layers, widths, recurrent, checkpointing
-    )
+    layers = shapes.num_hidden_layers if blocks is None else len(blocks)
+    return _autograd_elements(layers, widths, recurrent, checkpointing)
 
 
 def _autograd_elements(
@@ -238,10 +240,10 @@ def _autograd_elements(
         layer += int(widths.experts.stored)
         passing += widths.experts.passing
     if not checkpointing:
-        return Elements(layers * layer + passing, passing)
+        return Elements(layers * layer, passing, passing)
     # The layer whose backward pass runs has computed all its activations again.
     passing += layer
-    return Elements(layers * widths.hidden + passing, passing)
+    return Elements(layers * widths.hidden, passing, passing)
 
 
 def recurrent_elements(shapes: Any) -> int:

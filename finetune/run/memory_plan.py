@@ -43,6 +43,7 @@ from finetune.model.quantized_layers import expert_weights
 from finetune.model.target_modules import modules_outside_language_model
 from finetune.run.cpu_activations import cpu_activations
 from finetune.run.decoder_memory import RecordedMemory, block_weights
+from finetune.run.device_memory import Activations, DeviceMemory
 from finetune.run.expert_costs import expert_bytes, expert_shape
 from finetune.run.memory_costs import (
     adapted_layers,
@@ -147,7 +148,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     # Before the adapter's weights stand in the skeleton.
     base = base_bytes(skeleton, config, files)
     base += expert_buffer_bytes(skeleton, config, files)
-    spread = _spread(skeleton, config, files)
+    stages = _stages(skeleton, config, files)
     with torch.device("meta"):  # the drawn values are not read
         adapted = add_adapter(skeleton, config.lora, config.seed)
     shapes_trained = [
@@ -157,89 +158,112 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     half_precision = on_gpu() and compute_dtype(config.quantization).itemsize == 2
     element_bytes = 2 if half_precision else 4
     uses_decoder = supports_gpu_decoder(base_config, config.quantization)
+    largest = max(work.batches)
+    targets = adapted_layers(adapted) if uses_decoder else None
+    held = block_weights(shapes, config) * element_bytes if uses_decoder else 0
     recorded = None
-    if on_gpu():
-        targets = adapted_layers(adapted) if uses_decoder else None
-        if uses_decoder:
-            recorded = RecordedMemory.read(shapes, element_bytes)
-        activations = gpu_activations(
-            shapes,
-            config,
-            targets,
-            element_bytes,
-            max(work.batches),
-            packed_length(work.evaluated_rows),
-            skeleton,
-            spread.most_blocks,
-        )
-    else:
+    # What several GPUs compute is not recorded.
+    if uses_decoder and len(stages) == 1:
+        recorded = RecordedMemory.read(shapes, element_bytes)
+
+    def activations_of(stage: _Stage) -> Activations:
+        if on_gpu():
+            return gpu_activations(
+                shapes,
+                config,
+                targets,
+                element_bytes,
+                largest,
+                packed_length(work.evaluated_rows),
+                skeleton,
+                stage.blocks,
+                stage.has_head,
+            )
         is_trl = reason_unsupported(config, base_config) is not None
         is_trl |= config.trainer.engine == "trl"
-        activations = cpu_activations(
-            config, shapes, adapted, work.largest_rows, work.evaluated_rows, is_trl
+        rows = (work.largest_rows, work.evaluated_rows)
+        return cpu_activations(config, shapes, adapted, *rows, is_trl, largest)
+
+    devices = [
+        DeviceMemory(
+            process=0 if on_gpu() else _resident() + LIBRARIES,
+            base=math.ceil(base * stage.base_share),
+            experts=math.ceil(experts * stage.base_share),
+            adapter=math.ceil(
+                trained * stage.bytes_per_trained_weight(config, half_precision)
+            ),
+            optimizer=(
+                _optimizer_bytes(shapes_trained, config) if stage.is_first else 0
+            ),
+            activations=activations_of(stage),
+            held=held,
+            recorded=recorded,
         )
-    plan = Plan(
-        process=0 if on_gpu() else _resident() + LIBRARIES,
-        base=base,
-        experts=experts,
-        adapter=trained * _bytes_per_trained_weight(config, half_precision),
-        optimizer=_optimizer_bytes(shapes_trained, config),
-        activations=activations.training,
-        activations_beside=activations.beside,
-        held=block_weights(shapes, config) * element_bytes if uses_decoder else 0,
-        recorded=recorded,
-        logits=activations.logits,
-        evaluation=activations.evaluating,
-        available=available_memory(),
+        for stage in stages
+    ]
+    return Plan(
+        devices=tuple(devices),
+        available=available_memory(len(stages)),
         batches=work.batches,
         train_tokens=work.train_tokens,
         weights=weights,
         answers_together=answers_together(config, base_config),
     )
-    return plan if spread.gpus == 1 else _fullest_gpu(plan, spread)
 
 
 @dataclass(frozen=True)
-class _Spread:
-    """What the fullest GPU has of a base that is spread over several."""
+class _Stage:
+    """What one of the GPUs has that a base is spread over, or the only device has."""
 
-    gpus: int = 1
-    share: float = 1.0
+    base_share: float = 1.0
     """Of the base's bytes."""
-    most_blocks: int | None = None
-    """None: all of them, on one GPU."""
+    blocks: range | None = None
+    """None: all."""
+    blocks_share: float = 1.0
+    is_first: bool = True
+    """Whether it has the slots' exact weights and their optimizers."""
+    has_head: bool = True
+
+    def bytes_per_trained_weight(
+        self, config: RunConfig, half_precision: bool
+    ) -> float:
+        """Return the bytes for each weight of an adapter: copies, gradients and their sums."""
+        if not self.is_first:
+            copied = 2 if half_precision else 4
+            return self.blocks_share * (copied + 4)
+        size = 4.0 + 4
+        if half_precision:
+            size += 2 * self.blocks_share
+        if config.trainer.gradient_accumulation_steps > 1:
+            size += 4  # the sum of the batches' gradients
+        return size
 
 
-def _spread(
+def _stages(
     skeleton: "PreTrainedModel", config: RunConfig, files: BaseQuantization | None
-) -> _Spread:
+) -> list[_Stage]:
     gpus = spread_gpus(config.trainer.gpus)
     if gpus == 1:
-        return _Spread()
+        return [_Stage()]
     is_requantized = is_quantized_again(files, config.quantization)
     other = compute_dtype(config.quantization).itemsize
     placement = place(skeleton, config, None if is_requantized else files, gpus)
     # As `base_bytes` counts them.
     quantized = quantized_weights(skeleton, config, files)
     matrix = bytes_per_weight(quantized, config, files)
-    share = placement.share(skeleton, WeightBytes(matrix, other))
-    return _Spread(gpus, share, placement.most_blocks)
-
-
-def _fullest_gpu(plan: Plan, spread: _Spread) -> Plan:
-    """Return the plan of the fullest of several GPUs over which a base is spread.
-
-    An upper bound, as if one GPU had all that only one of them has: the first the optimizers, the
-    last the logits and the blocks that keep their activations.
-    """
-    return dataclasses.replace(
-        plan,
-        base=math.ceil(plan.base * spread.share),
-        experts=math.ceil(plan.experts * spread.share),
-        recorded=None,
-        gpus=spread.gpus,
-        available=available_memory(spread.gpus),
-    )
+    shares = placement.shares(skeleton, WeightBytes(matrix, other))
+    stages = []
+    for gpu, share in enumerate(shares):
+        blocks = placement.blocks_on(gpu)
+        stage = _Stage(
+            base_share=share,
+            blocks=blocks,
+            blocks_share=len(blocks) / len(placement.blocks),
+            is_first=gpu == 0,
+            has_head=gpu == placement.head,
+        )
+        stages.append(stage)
+    return stages
 
 
 def _optimizer_bytes(shapes: Sequence[tuple[int, ...]], config: RunConfig) -> int:
@@ -247,16 +271,6 @@ def _optimizer_bytes(shapes: Sequence[tuple[int, ...]], config: RunConfig) -> in
     if is_plain_adamw(config):
         return sum(map(math.prod, shapes)) * ADAMW_BYTES
     return state_bytes(shapes, config)
-
-
-def _bytes_per_trained_weight(config: RunConfig, half_precision: bool) -> int:
-    """Bytes of a weight and its gradient, and of the copies that some configs need."""
-    size = 4 + 4
-    if half_precision:
-        size += 2  # the copy that is rounded to 16 bits
-    if config.trainer.gradient_accumulation_steps > 1:
-        size += 4  # the sum of the batches' gradients
-    return size
 
 
 @dataclass(frozen=True)

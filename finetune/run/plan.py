@@ -5,10 +5,11 @@ import statistics
 from dataclasses import dataclass
 
 from finetune.config.schema import RunConfig
+from finetune.engine.packed.turns import group_size
 from finetune.errors import ConfigError
 from finetune.model.device import on_gpu
 from finetune.model.memory import GIB
-from finetune.run.decoder_memory import RecordedMemory
+from finetune.run.device_memory import DeviceMemory
 
 USABLE = 0.9
 """Fraction of the memory that the plan may use."""
@@ -25,28 +26,10 @@ MOST_SLOTS = 16
 class Plan:
     """Memory in bytes by what it is for, and work in tokens."""
 
-    process: int
-    """Python and its libraries, where memory is the host's."""
-    base: int
-    """The frozen base."""
-    adapter: int
-    """One slot's weights, gradient, rounded copy, and the sum of the gradients of several
-    batches."""
-    optimizer: int
-    """One slot's optimizer state."""
-    activations: int
-    """Activations of one slot's largest batch that the backward pass needs, when it trains
-    alone."""
-    activations_beside: int
-    """The same when other slots train with it."""
-    held: int
-    """Dequantised weights of one block, kept where several slots train with checkpointing."""
-    logits: int
-    """One chunk of logits, and in float32 its softmax."""
-    evaluation: int
-    """Activations of one slot's largest batch of held-out rows, without a backward pass."""
+    devices: tuple[DeviceMemory, ...]
+    """Of each GPU that the base is spread over; the host's where there is none."""
     available: int
-    """The memory there is: the GPU's, else the host's."""
+    """The memory there is: the GPU's, of several the one's that has least, else the host's."""
     batches: tuple[int, ...]
     """Tokens in each of one slot's batches; a prefix that the rows share is counted once."""
     train_tokens: int
@@ -55,12 +38,16 @@ class Plan:
     """Weights that each token is multiplied by."""
     answers_together: bool = True
     """Whether prompts are answered together, as each alone; else one after another."""
-    recorded: RecordedMemory | None = None
-    """Of recorded passes; None: there are none."""
-    gpus: int = 1
-    """Over which the base is spread; the bytes are those of the fullest one."""
-    experts: int = 0
-    """Of the base: fused experts, which stay in 16 bits in a quantised base."""
+
+    @property
+    def gpus(self) -> int:
+        """Over which the base is spread; 1 on a CPU too."""
+        return len(self.devices)
+
+    @property
+    def fullest(self) -> DeviceMemory:
+        """The device that needs most for one slot."""
+        return max(self.devices, key=lambda device: self._peak_of(device, 1))
 
     def tokens(self, slots: int) -> float:
         """Return the tokens in the largest pass of several slots.
@@ -76,19 +63,11 @@ class Plan:
 
     def peak(self, slots: int = 1) -> int:
         """Return the most bytes that so many slots need at once, while they train or evaluate."""
-        if slots == 1:
-            activations = self.activations
-            dequantized = 0
-        else:
-            activations = self.activations_beside
-            dequantized = self.held
-        tokens = self.tokens(slots)
-        training = activations * tokens / max(self.batches) + dequantized
-        if self.recorded is not None:
-            training += self.recorded.size(tokens)
-        rows = max(training, slots * self.evaluation)
-        adapters = slots * (self.adapter + self.optimizer)
-        return int(self.process + self.base + self.logits + adapters + rows)
+        return max(self._peak_of(device, slots) for device in self.devices)
+
+    def _peak_of(self, device: DeviceMemory, slots: int) -> int:
+        group_tokens = self.tokens(group_size(slots, self.gpus))
+        return device.peak(slots, self.gpus, self.tokens(slots), group_tokens)
 
     @property
     def largest(self) -> int:
@@ -113,10 +92,11 @@ class Plan:
         """
         if self.largest:
             return
+        fullest = self.fullest
         purposes = {
-            "the base": self.base,
-            "activations": self.activations,
-            "evaluation": self.evaluation,
+            "the base": fullest.base,
+            "activations": fullest.activations.alone.peak,
+            "evaluation": fullest.activations.evaluating,
         }
         purpose = max(purposes, key=lambda name: purposes[name])
         key, advice = _advice(purpose, config)

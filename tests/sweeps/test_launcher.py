@@ -327,7 +327,7 @@ def test_a_bases_neediest_job_decides_whether_all_compute_activations_twice(
     machine = f"""
 import finetune.run.memory_plan
 finetune.run.memory_plan._resident = lambda: 2**28
-finetune.run.memory_plan.available_memory = lambda: {int(memory)}
+finetune.run.memory_plan.available_memory = lambda gpus: {int(memory)}
 """
     rows = "dataset.path=nowhere.jsonl,python_docs"
     ended = station.run(
@@ -362,7 +362,7 @@ def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
         / USABLE
     )
     monkeypatch.setattr(
-        "finetune.run.memory_plan.available_memory", lambda: int(between)
+        "finetune.run.memory_plan.available_memory", lambda gpus: int(between)
     )
     large, small = (*MULTIRUN, wide), (*MULTIRUN, wide, f"{BATCH}=1")
     for jobs, wanted in (

@@ -7,7 +7,6 @@ it would have alone, up to the rounding of matrix products.
 
 import copy
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from finetune.engine.packed.requests import (
 )
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
-from finetune.engine.packed.turns import Steps, take_turns
+from finetune.engine.packed.turns import Steps, group_size, take_turns
 from finetune.engine.probes import Shortcut, model_type_of
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
@@ -60,10 +59,6 @@ if TYPE_CHECKING:
 
 
 _Request = TypeVar("_Request", ForwardBackward, Evaluate)
-
-GROUPS_PER_STAGE = 2
-"""Groups of slots for each GPU of a base on several. With more, a GPU waits for less of a step, but
-dequantises the weights more often."""
 
 
 @dataclass
@@ -328,10 +323,7 @@ class Bank:
         On several GPUs one group's layers are computed by a GPU while another computes the next
         layers of the group before (`turns`).
         """
-        if self._stages == 1:
-            return [requests]
-        count = min(len(requests), GROUPS_PER_STAGE * self._stages)
-        size = math.ceil(len(requests) / count)
+        size = group_size(len(requests), self._stages)
         return [
             requests[start : start + size] for start in range(0, len(requests), size)
         ]

@@ -1,11 +1,12 @@
 """Passes through a base in steps, so that those of several groups of slots can take turns.
 
 Each GPU of a spread base is to compute one group's blocks while the others compute those of other
-groups (a pipeline, as Huang et al., 2019, GPipe). A GPU is given about a thousand kernels ahead; then
+groups (a pipeline, as Huang et al., 2019, GPipe). A GPU takes about a thousand kernels ahead; then
 the host waits for it. A host that launched one whole pass after another would wait so for one GPU
 while the next one has nothing left to do.
 """
 
+import math
 from collections.abc import Generator, Sequence
 from typing import TypeVar
 
@@ -14,7 +15,22 @@ import torch
 T = TypeVar("T")
 
 Steps = Generator[torch.device, None, T]
-"""A pass in steps. Before each it yields the device that computes the step; it returns its result."""
+"""A pass in steps. Before each it yields the device that computes it; the result is returned."""
+
+
+GROUPS_PER_GPU = 2
+"""With more, a GPU waits for less of a step, but dequantises the weights more often."""
+
+
+def group_size(slots: int, gpus: int) -> int:
+    """Return how many slots are computed together where several GPUs share a base.
+
+    Args:
+        slots: That train or are evaluated.
+        gpus: Over which the base is spread; on one, all slots are one group.
+    """
+    groups = 1 if gpus == 1 else min(slots, GROUPS_PER_GPU * gpus)
+    return math.ceil(slots / groups)
 
 
 def take_turns(passes: Sequence[Steps[T]]) -> list[T]:

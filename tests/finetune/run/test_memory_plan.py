@@ -166,7 +166,7 @@ def test_activations_that_would_not_fit_are_computed_twice(
 
     between = (saved.peak() + kept.peak()) / 2 / USABLE
     monkeypatch.setattr(
-        "finetune.run.memory_plan.available_memory", lambda: int(between)
+        "finetune.run.memory_plan.available_memory", lambda gpus: int(between)
     )
     with caplog.at_level("INFO"):
         run(config, tmp_path, RunContext(resources=resources, interactive=False))

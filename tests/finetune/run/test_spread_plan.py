@@ -1,0 +1,49 @@
+"""The planned memory of a base that is spread over several GPUs."""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.config.paths import CONF
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(CONF.parent / "benchmarks")
+        yield importlib.import_module("gpu")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of a machine with two GPUs; it reads no weights."""
+    plan, costs = "finetune.run.memory_plan", "finetune.run.memory_costs"
+    monkeypatch.setattr(f"{plan}.on_gpu", lambda: True)
+    monkeypatch.setattr(f"{plan}.spread_gpus", int)
+    monkeypatch.setattr(f"{plan}.available_memory", lambda gpus: 24 * 2**30)
+    monkeypatch.setattr(f"{plan}.supports_gpu_decoder", lambda *_: True)
+    for module in (plan, costs, "finetune.model.loading"):
+        monkeypatch.setattr(f"{module}.compute_dtype", lambda _: torch.bfloat16)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_is_what_two_gpus_have_taken(benchmark: Any) -> None:
+    """`benchmarks/gpu.py --gpus 2 --shapes llama3_3_70b` on two H200s: the peak of the fullest.
+
+    With one slot in each group the first GPU is the fullest, as it has the optimizers; with two,
+    the last one, whose blocks keep their activations.
+    """
+    case = benchmark.Case(
+        *("llama3_3_70b", "ours", "q_v", "short", True, "1", "nf4_double", 8, False, 2)
+    )
+    plan = case.plan_memory()
+    measured = {1: 22.3, 4: 31.5, 8: 51.3}
+    for slots, peak in measured.items():
+        assert plan.peak(slots) / 2**30 == pytest.approx(peak, rel=0.03)
+    first, last = plan.devices
+    assert plan.fullest is first
+    assert (last.optimizer, first.activations.logits) == (0, 0)
+    assert min(first.optimizer, last.activations.logits) > 0
