@@ -92,7 +92,6 @@ def cpu_activations(
     batches: Sequence[Sequence[Example]],
     evaluated: Sequence[Example],
     is_trl: bool,
-    tokens: int,
 ) -> Activations:
     """Count a CPU's activations in bytes.
 
@@ -103,7 +102,6 @@ def cpu_activations(
         batches: The rows of the training batches that may need most.
         evaluated: The longest rows that are evaluated, as many as the config asks for at once.
         is_trl: Whether TRL trains.
-        tokens: Of the largest training batch.
     """
     decoder = adapted.get_base_model().get_decoder()
     shares_prefixes = not recurrent_layers(decoder)
@@ -136,7 +134,6 @@ def cpu_activations(
         beside=training,
         logits=logits,
         evaluating=max(0, evaluating - logits),
-        tokens=tokens,
     )
 
 

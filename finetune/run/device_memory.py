@@ -33,8 +33,6 @@ class Activations:
     when the logits are freed."""
     evaluating: int
     """Of the largest batch of held-out rows: without a backward pass, beyond `logits`."""
-    tokens: int
-    """Of the batch."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,8 @@ class DeviceMemory:
     optimizer: int
     """One slot's optimizer state."""
     activations: Activations
+    batch_tokens: int
+    """Of the training batch that the activations are of."""
     held: int
     """Dequantised weights of one block, kept where several slots train with checkpointing."""
     recorded: RecordedMemory | None
@@ -71,7 +71,7 @@ class DeviceMemory:
         activations = self.activations
         training = activations.alone if together == 1 else activations.beside
         all_tokens = training.kept * tokens + training.passing * group_tokens
-        rows = all_tokens / activations.tokens
+        rows = all_tokens / self.batch_tokens
         if together > 1:
             rows += self.held
         if self.recorded is not None:

@@ -193,7 +193,6 @@ def gpu_activations(
         beside=packed.backward_memory(tokens, element_bytes),
         logits=logits if has_head else 0,
         evaluating=evaluated * alone.evaluating * element_bytes,
-        tokens=tokens,
     )
 
 

@@ -182,7 +182,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
         is_trl = reason_unsupported(config, base_config) is not None
         is_trl |= config.trainer.engine == "trl"
         rows = (work.largest_rows, work.evaluated_rows)
-        return cpu_activations(config, shapes, adapted, *rows, is_trl, largest)
+        return cpu_activations(config, shapes, adapted, *rows, is_trl)
 
     devices = [
         DeviceMemory(
@@ -196,6 +196,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
                 _optimizer_bytes(shapes_trained, config) if stage.is_first else 0
             ),
             activations=activations_of(stage),
+            batch_tokens=largest,
             held=held,
             recorded=recorded,
         )

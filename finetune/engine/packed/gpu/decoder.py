@@ -159,7 +159,7 @@ class Decoder:
         if recorded is not None:
             return recorded.forward(x, context), recorded
         before = torch.cuda.memory_allocated()
-        output, trace = yield from self._blocks.forward(x, context, trains=True)
+        output, trace = yield from self._blocks.forward(x, context, True)
         memory = torch.cuda.memory_allocated() - before
         self._recorder.remember(size, x, context, memory)
         return output, trace
