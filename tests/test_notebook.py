@@ -33,7 +33,7 @@ def test_the_notebook_shows_its_outputs_and_no_path_of_a_machine() -> None:
     assert not make_notebook.MACHINE_PATH.search(make_notebook.NOTEBOOK.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_notebook = maker()
     monkeypatch.setenv("PYTHONPATH", "")

@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+from support.matrix import further
 
 from finetune.config.paths import CONF
 from sweeps.space.pruners import SuccessiveHalvingPruner
@@ -153,7 +154,7 @@ def test_a_replay_judges_no_trial_within_the_warmup(script: ModuleType) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [1, 8])
+@pytest.mark.parametrize("slots", [8, *further(1)])
 def test_the_noise_and_three_trials_lose_fewer_winners_at_little_cost(
     script: ModuleType, slots: int
 ) -> None:

@@ -475,7 +475,7 @@ BEFORE_IT_BEGINS = [
 
 
 @pytest.mark.slow
-@each(BEFORE_IT_BEGINS)
+@each(BEFORE_IT_BEGINS, lambda _: "a study")
 def test_what_no_trial_could_do_is_refused_before_the_study_begins(
     case: Case, workplace: Workplace
 ) -> None:

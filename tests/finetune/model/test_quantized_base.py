@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.bases import make_base, quantized_base, with_changed_json
 from support.configs import tiny_overrides
+from support.matrix import further
 from support.models import changed_copy
 from support.runs import SHORT, Tiny, final
 
@@ -155,7 +156,7 @@ def merge(folder: Path, to: Path) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", list(ARGUMENTS))
+@pytest.mark.parametrize("base", ["nf4", "int8", *further("nf4_double", "fp4")])
 def test_a_run_on_it_is_merged_into_plain_weights(
     tiny: Tiny, bases: dict[str, Path], tmp_path: Path, base: str
 ) -> None:

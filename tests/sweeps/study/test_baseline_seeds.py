@@ -8,6 +8,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from support.commands import Station
 from support.configs import study_overrides
+from support.matrix import further
 from support.runs import final, write_jsonl
 from support.studies import made_study
 
@@ -93,9 +94,11 @@ def test_seeds_are_no_trials_and_the_answer_says_what_they_show(
 @pytest.mark.parametrize(
     ("overrides", "seeds"),
     [
-        (["hydra.sweeper.slots=1"], []),
+        *further(
+            (["hydra.sweeper.slots=1"], []),
+            (["hydra.sweeper.slots=2", "hydra.sweeper.baseline=false"], []),
+        ),
         (["hydra.sweeper.slots=2", "hydra.sweeper.baseline_seeds=0"], []),
-        (["hydra.sweeper.slots=2", "hydra.sweeper.baseline=false"], []),
         (["hydra.sweeper.slots=1", "hydra.sweeper.baseline_seeds=1"], ["seed1"]),
     ],
 )

@@ -75,6 +75,7 @@ def test_faults_lose_no_trial_and_train_none_twice(
             return
 
 
+@pytest.mark.matrix
 def test_a_killed_worker_is_replaced_alone(
     station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:

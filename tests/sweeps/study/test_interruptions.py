@@ -8,6 +8,7 @@ import pytest
 from optuna.trial import TrialState
 from support.commands import SLOW_STEPS, Station, wait_until
 from support.configs import study_overrides
+from support.matrix import further
 from support.study_folder import NO_END, folder_of, read, result_of, trials_of
 
 from finetune.exit_codes import INTERRUPTED, NO_ANSWER
@@ -79,7 +80,7 @@ def test_an_interrupted_end_says_how_to_repeat_it(
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *further(signal.SIGINT)])
 def test_an_interrupted_pack_ends_each_trial_with_a_checkpoint(
     number: int, station: Station, tiny_base: Path, tmp_path: Path
 ) -> None:

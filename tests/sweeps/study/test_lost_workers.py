@@ -11,6 +11,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from support.commands import SLOW_STEPS, Station, wait_until
 from support.configs import study_overrides
+from support.matrix import further
 from support.studies import made_study
 from support.study_folder import DIES, LOST, folder_of, read, result_of, trials_of
 
@@ -132,7 +133,8 @@ def test_an_interruption_excuses_the_losses_before_it_and_none_after_it(
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    "change", ["name=other", "sample_prompts=[Why?]", "tracker=tensorboard"]
+    "change",
+    ["name=other", *further("sample_prompts=[Why?]", "tracker=tensorboard")],
 )
 def test_what_a_study_lets_change_does_not_fail_a_trial_that_is_taken_on(
     change: str, station: Station, tiny_base: Path, tmp_path: Path

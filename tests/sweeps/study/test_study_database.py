@@ -15,6 +15,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.pool import NullPool
 from support.commands import SLOW_STEPS, Forked, Station, wait_until
 from support.configs import study_overrides
+from support.matrix import further
 from support.postgres import PASSWORD, Server, with_address
 
 from finetune.errors import ConfigError
@@ -312,7 +313,7 @@ def test_a_study_outlives_lost_connections_and_a_restart_of_its_server(
     assert any("is out of reach" in run.stderr for run in ended)
 
 
-@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("slots", [2, *further(1)])
 def test_a_server_that_stays_away_ends_the_worker_and_its_trials_go_on_later(
     slots: int,
     server: Server,

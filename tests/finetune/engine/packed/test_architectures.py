@@ -181,7 +181,13 @@ def test_the_check_lets_it_train_packed_and_its_memory_is_planned(
 
 
 @pytest.mark.slow
-@architectures
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.matrix)
+        for name in PACKED
+    ],
+)
 def test_one_slot_trains_as_trl_does(
     architecture: str, saved: list[str], tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.matrix import further
 from support.runs import (
     Tiny,
     interrupt_and_resume,
@@ -42,6 +43,9 @@ SETTINGS |= {
 OFTEN = ("adamw_8bit", "adafactor", "LoRA+")
 """Tested always; the others are slow."""
 
+SOMETIMES = ("adamw_torch", "paged_lion_8bit", "ademamix", "rmsprop_bnb", "sgd")
+"""Of the slow ones, those that are trained in CI: one of each kind."""
+
 
 def each(*marks: pytest.MarkDecorator) -> list[Any]:
     """All settings; those that are not tested often have marks."""
@@ -50,7 +54,14 @@ def each(*marks: pytest.MarkDecorator) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("name", each(pytest.mark.slow))
+@pytest.mark.parametrize(
+    "name",
+    [
+        *OFTEN,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SOMETIMES),
+        *further(*(name for name in SETTINGS if name not in OFTEN + SOMETIMES)),
+    ],
+)
 def test_trains_as_with_trl(tiny: Tiny, tmp_path: Path, name: str) -> None:
     for engine in ("trl", "packed"):
         config = tiny(*SHORT, *SETTINGS[name], f"trainer.engine={engine}")

@@ -428,8 +428,7 @@ def test_one_rows_attention_never_reaches_another() -> None:
         (2, 1, 32, 32, 20),
         (1, 1, 24, 24, None),
         pytest.param(2, 1, 32, 16, None, marks=pytest.mark.slow),
-        pytest.param(2, 1, 256, 256, 20, marks=pytest.mark.slow),
-        *further((2, 1, 512, 512, None)),
+        *further((2, 1, 256, 256, 20), (2, 1, 512, 512, None)),
     ],
 )
 @pytest.mark.parametrize("is_joined", [False, True])
