@@ -11,7 +11,7 @@ test:             ## the fast tests
 test-all:         ## slow and fault tests too, as CI runs them
 	pytest -n 2 --dist loadfile -m "not gpu and not matrix"
 
-test-matrix:      ## all cases of the large tables, of which CI runs a part (hours)
+test-matrix:      ## all tests and cases, of which CI runs a part (hours)
 	pytest -n 2 --dist loadfile -m "(matrix and not fault) or not (slow or fault or gpu)"
 
 test-faults:      ## a hundred kills of workers, launchers and databases, over each launcher (half an hour)

@@ -2,7 +2,8 @@
 
 python docs/make_notebook.py
 
-It takes some minutes on a CPU. The notebook runs in an empty folder; a slow test does the same.
+It takes some minutes on a CPU. The notebook runs in an empty folder; a test of
+`make test-matrix` does the same.
 """
 
 import os

@@ -166,14 +166,6 @@ def measure_speed() -> float:
     return TRAINING_SHARE * best
 
 
-def _further_slot(plan: "Plan") -> int:
-    """Return the bytes that each further slot needs.
-
-    The second slot also brings what only several slots need, so the third is taken.
-    """
-    return plan.peak(3) - plan.peak(2)
-
-
 def _to_dict(
     plan: "Plan",
     config: RunConfig,
@@ -189,14 +181,14 @@ def _to_dict(
             "unquantized_experts": fullest.experts,
             "adapter": fullest.adapter,
             "optimizer": fullest.optimizer,
-            "activations": fullest.activations.alone.peak,
+            "activations": fullest.activations.single.peak,
             "logits": fullest.activations.logits,
             "evaluation": fullest.activations.evaluating,
         },
         "peak": plan.peak(),
         "available": plan.available,
         "gpus": plan.gpus,
-        "further_slot": _further_slot(plan),
+        "further_slot": plan.further_slot,
         "largest_slots": plan.largest,
         "slots": plan.slots,
         "learning_rate": config.optimizer.learning_rate,
@@ -219,7 +211,7 @@ def _print_memory(plan: "Plan", method: str) -> None:
         "  its experts, not quantised": fullest.experts,
         "adapter and its gradient": fullest.adapter,
         "optimizer": fullest.optimizer,
-        f"activations ({max(plan.batches)} tokens)": fullest.activations.alone.peak,
+        f"activations ({max(plan.batches)} tokens)": fullest.activations.single.peak,
         "logits": fullest.activations.logits,
         "evaluation": fullest.activations.evaluating,
     }
@@ -239,7 +231,7 @@ def _print_work(
     splits: Mapping[str, Sized],
     tasks: Mapping[str, Work],
 ) -> None:
-    size = _further_slot(plan) / GIB
+    size = plan.further_slot / GIB
     slots = f"room for {plan.largest}, {plan.slots} recommended"
     print(f"{'each further slot':32}{size:8.2f} GiB: {slots}")
     print(f"{'learning rate':32}{config.optimizer.learning_rate:8.2g}")

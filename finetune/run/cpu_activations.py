@@ -130,8 +130,8 @@ def cpu_activations(
     logits = max(0, head - passing)
     training = BackwardMemory(stored, passing)
     return Activations(
-        alone=training,
-        beside=training,
+        single=training,
+        packed=training,
         logits=logits,
         evaluating=max(0, evaluating - logits),
     )

@@ -123,8 +123,9 @@ def decoder_elements(
     passing += max(0, largest - sum(stored))
     if delta_nets is not None:
         # The layers above the last delta net have been freed before its backward pass.
-        remaining = max(1, len(stored) - delta_nets.layers_above)
-        below = layers[: len(layers) - delta_nets.layers_above]
+        above = delta_nets.layers_above(here)
+        remaining = max(1, len(stored) - above)
+        below = layers[here.start : here.stop - above]
         of_delta_net = sum(below[-remaining:]) + 2 * hidden + delta_nets.passing()
         passing = max(passing, of_delta_net - sum(stored))
     layer_inputs = (len(here) - len(stored)) * hidden
@@ -211,8 +212,6 @@ class _DeltaNets:
 
     replaces_attention: list[bool]
     """Of each layer."""
-    layers_above: int
-    """Layers with attention above the last delta net."""
     keys: int
     """Columns of all keys, as of all queries."""
     values: int
@@ -232,12 +231,16 @@ class _DeltaNets:
         heads: int = shapes.linear_num_value_heads
         return cls(
             replaces_attention=replaces_attention,
-            layers_above=replaces_attention[::-1].index(True),
             keys=shapes.linear_num_key_heads * shapes.linear_key_head_dim,
             values=heads * shapes.linear_value_head_dim,
             heads=heads,
             key_columns=shapes.linear_key_head_dim,
         )
+
+    def layers_above(self, layers: range) -> int:
+        """Of consecutive layers, those with attention above the last delta net."""
+        above = [self.replaces_attention[number] for number in reversed(layers)]
+        return above.index(True) if True in above else len(layers)
 
     def elements(self, widths: Widths, adapters: _Adapters) -> int:
         """What such a layer keeps, without its feed-forward layer."""

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from finetune.engine.packed.turns import group_size
 from finetune.run.decoder_memory import RecordedMemory
 
 
@@ -10,7 +9,7 @@ from finetune.run.decoder_memory import RecordedMemory
 class BackwardMemory:
     """Activations of a batch, for its backward pass."""
 
-    kept: int
+    stored: int
     """From the forward pass."""
     passing: int
     """Needed within the backward pass."""
@@ -18,16 +17,17 @@ class BackwardMemory:
     @property
     def peak(self) -> int:
         """The most at once."""
-        return self.kept + self.passing
+        return self.stored + self.passing
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Of a run's largest batch, by what it is computed with."""
+    """Of a run's largest batch."""
 
-    alone: BackwardMemory
-    beside: BackwardMemory
-    """When other slots are computed with it."""
+    single: BackwardMemory
+    """When no other slot is computed with it."""
+    packed: BackwardMemory
+    """When others are."""
     logits: int
     """One chunk of logits; on a CPU what it takes beyond the backward pass of a layer, which comes
     when the logits are freed."""
@@ -42,14 +42,14 @@ class DeviceMemory:
     process: int
     """Python and its libraries, where memory is the host's."""
     base: int
-    """The blocks of the frozen base that are here."""
+    """The frozen base's blocks that are here, with embedding and output layer if these are."""
     experts: int
     """Of the base: fused experts, which stay in 16 bits in a quantised base."""
     adapter: int
-    """One slot's weights, gradient, rounded copy, and the sum of the gradients of several
-    batches."""
+    """One slot's weights, gradient, rounded copy, and the sum of the gradients of several batches;
+    on later GPUs the copy and the gradient of what is there."""
     optimizer: int
-    """One slot's optimizer state."""
+    """One slot's optimizer state; 0 on later GPUs."""
     activations: Activations
     batch_tokens: int
     """Of the training batch that the activations are of."""
@@ -58,24 +58,24 @@ class DeviceMemory:
     recorded: RecordedMemory | None
     """Of recorded passes; None: there are none."""
 
-    def peak(self, slots: int, gpus: int, tokens: float, group_tokens: float) -> int:
+    def peak(self, slots: int, group: int, tokens: float, group_tokens: float) -> int:
         """Return the most bytes that slots need at once, while they train or evaluate.
 
         Args:
             slots: That train or are evaluated.
-            gpus: Over which the base is spread.
+            group: Of these, how many are computed together.
             tokens: In the largest passes of all slots.
-            group_tokens: The same of one group of slots: groups take turns within their passes.
+            group_tokens: The same of one group: groups are in different blocks at a time.
         """
-        together = group_size(slots, gpus)
         activations = self.activations
-        training = activations.alone if together == 1 else activations.beside
-        all_tokens = training.kept * tokens + training.passing * group_tokens
+        training = activations.single if group == 1 else activations.packed
+        all_tokens = training.stored * tokens + training.passing * group_tokens
         rows = all_tokens / self.batch_tokens
-        if together > 1:
+        if group > 1:
             rows += self.held
         if self.recorded is not None:
             rows += self.recorded.size(tokens)
-        rows = max(rows, together * activations.evaluating)
+        # Of several groups an upper bound: one at a time is in the blocks that are here.
+        rows = max(rows, slots * activations.evaluating)
         adapters = slots * (self.adapter + self.optimizer)
         return int(self.process + self.base + activations.logits + adapters + rows)

@@ -144,21 +144,16 @@ def adapted_layers(model: Any) -> set[str]:
 class Elements:
     """Elements of activations in memory for each token."""
 
-    kept: int
+    stored: int
     """From the forward pass for the backward pass."""
     passing: int
     """Needed within the backward pass."""
     evaluating: int
 
-    @property
-    def training(self) -> int:
-        """The most at once."""
-        return self.kept + self.passing
-
     def backward_memory(self, tokens: int, element_bytes: int) -> BackwardMemory:
         """Return the bytes of so many tokens."""
         size = tokens * element_bytes
-        return BackwardMemory(size * self.kept, size * self.passing)
+        return BackwardMemory(size * self.stored, size * self.passing)
 
 
 def gpu_activations(
@@ -185,14 +180,14 @@ def gpu_activations(
         blocks: On the GPU; None: all.
         has_head: Whether the output layer is on the GPU.
     """
-    alone = activation_elements(shapes, config, targets, 1, base, blocks)
+    single = activation_elements(shapes, config, targets, 1, base, blocks)
     packed = activation_elements(shapes, config, targets, 2, base, blocks)
     logits = logits_bytes(shapes, targets is not None, element_bytes == 2)
     return Activations(
-        alone=alone.backward_memory(tokens, element_bytes),
-        beside=packed.backward_memory(tokens, element_bytes),
+        single=single.backward_memory(tokens, element_bytes),
+        packed=packed.backward_memory(tokens, element_bytes),
         logits=logits if has_head else 0,
-        evaluating=evaluated * alone.evaluating * element_bytes,
+        evaluating=evaluated * single.evaluating * element_bytes,
     )
 
 

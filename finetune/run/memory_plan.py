@@ -110,7 +110,9 @@ def resolve_checkpointing(
         return checkpointed
     if plan_memory(without, resources).largest:
         return without
-    if not plan_memory(checkpointed, resources).largest:
+    plan = plan_memory(checkpointed, resources)
+    # It may fit although it leaves less free than plans do.
+    if plan.peak() > plan.available:
         return without  # does not fit either way: slower training would gain nothing
     log.info(
         "trainer.gradient_checkpointing=true: the activations would not fit otherwise"
@@ -147,7 +149,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     experts = expert_bytes(skeleton, config, files)
     # Before the adapter's weights stand in the skeleton.
     base = base_bytes(skeleton, config, files)
-    base += expert_buffer_bytes(skeleton, config, files)
+    expert_buffer = expert_buffer_bytes(skeleton, config, files)
     stages = _stages(skeleton, config, files)
     with torch.device("meta"):  # the drawn values are not read
         adapted = add_adapter(skeleton, config.lora, config.seed)
@@ -187,7 +189,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     devices = [
         DeviceMemory(
             process=0 if on_gpu() else _resident() + LIBRARIES,
-            base=math.ceil(base * stage.base_share),
+            base=math.ceil(base * stage.base_share) + expert_buffer,
             experts=math.ceil(experts * stage.base_share),
             adapter=math.ceil(
                 trained * stage.bytes_per_trained_weight(config, half_precision)

@@ -5,7 +5,7 @@ import statistics
 from dataclasses import dataclass
 
 from finetune.config.schema import RunConfig
-from finetune.engine.packed.turns import group_size
+from finetune.engine.packed.pipeline import GROUPS_PER_GPU, group_size
 from finetune.errors import ConfigError
 from finetune.model.device import on_gpu
 from finetune.model.memory import GIB
@@ -66,8 +66,15 @@ class Plan:
         return max(self._peak_of(device, slots) for device in self.devices)
 
     def _peak_of(self, device: DeviceMemory, slots: int) -> int:
-        group_tokens = self.tokens(group_size(slots, self.gpus))
-        return device.peak(slots, self.gpus, self.tokens(slots), group_tokens)
+        group = group_size(slots, self.gpus)
+        return device.peak(slots, group, self.tokens(slots), self.tokens(group))
+
+    @property
+    def further_slot(self) -> int:
+        """The bytes that each further slot needs, where several are computed together."""
+        # On several GPUs the mean of as many as there are groups: each group has one more.
+        groups = 1 if self.gpus == 1 else GROUPS_PER_GPU * self.gpus
+        return (self.peak(3 * groups) - self.peak(2 * groups)) // groups
 
     @property
     def largest(self) -> int:
@@ -95,7 +102,7 @@ class Plan:
         fullest = self.fullest
         purposes = {
             "the base": fullest.base,
-            "activations": fullest.activations.alone.peak,
+            "activations": fullest.activations.single.peak,
             "evaluation": fullest.activations.evaluating,
         }
         purpose = max(purposes, key=lambda name: purposes[name])

@@ -10,6 +10,7 @@ def loaded_models() -> int:
     from transformers import PreTrainedModel
 
     assert shared_resources.loaded_bank() is None
+    gc.unfreeze()  # what is frozen is not listed
     gc.collect()
     return sum(
         issubclass(type(thing), PreTrainedModel) and hasattr(thing, "lm_head")

@@ -22,9 +22,9 @@ from finetune.engine.evaluation import evaluation_mode
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.batch import Row, pack_rows
 from finetune.engine.packed.losses import token_losses
+from finetune.engine.packed.pipeline import complete_pass
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
-from finetune.engine.packed.turns import complete
 from finetune.engine.probes import EXACT_TOLERANCE
 from finetune.errors import Interrupted, is_out_of_memory_error
 from finetune.model.adapter import add_adapter, keep_random_state
@@ -202,7 +202,7 @@ def _packed_results(
         backend.attach(slot)
     group_size = 1 if recurrent_layers(base) else None
     batch = pack_rows(batches, torch.device("cpu"), [group_size] * len(batches))
-    hidden, trace = complete(backend.forward(batch, slots, [0] * len(slots)))
+    hidden, trace = complete_pass(backend.forward(batch, slots, [0] * len(slots)))
     result = token_losses(
         backend,
         base.get_output_embeddings(),
@@ -212,7 +212,7 @@ def _packed_results(
         torch.ones(len(batch.targets)),
     )
     assert result.gradient is not None
-    complete(backend.backward(trace, result.gradient))
+    complete_pass(backend.backward(trace, result.gradient))
     return result.losses, [slot.gradient for slot in slots]
 
 

@@ -18,9 +18,9 @@ from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.dora import dora_linear
 from finetune.engine.packed.fused_layers import fuse_layers
 from finetune.engine.packed.lora_linear import SlotTokens, lora_linear
+from finetune.engine.packed.pipeline import PassSteps
 from finetune.engine.packed.row_adapters import RowAdapters
 from finetune.engine.packed.row_by_row import call_row_by_row, recurrent_layers
-from finetune.engine.packed.turns import Steps
 from finetune.model.heap import trimmed_heap
 from finetune.model.routed_experts import use_routed_experts
 
@@ -82,13 +82,13 @@ class AutogradBackend:
         batch: PackedBatch,
         slots: "Sequence[Slot]",
         dropout_steps: Sequence[int] | None,
-    ) -> Steps[tuple[torch.Tensor, _Trace]]:
+    ) -> PassSteps[tuple[torch.Tensor, _Trace]]:
         """See `Backend.forward`. All is computed by the call itself."""
         return self._computed(self._forward(batch, slots, dropout_steps))
 
     def _computed(
         self, result: tuple[torch.Tensor, _Trace]
-    ) -> Steps[tuple[torch.Tensor, _Trace]]:
+    ) -> PassSteps[tuple[torch.Tensor, _Trace]]:
         yield result[0].device
         return result
 
@@ -99,11 +99,11 @@ class AutogradBackend:
         dropout_steps: Sequence[int] | None,
     ) -> tuple[torch.Tensor, _Trace]:
         spans = []
-        steps: Sequence[int | None] = dropout_steps or [None] * len(slots)
+        numbers: Sequence[int | None] = dropout_steps or [None] * len(slots)
         slot_spans = zip(
             slots,
             batch.batch_spans,
-            steps,
+            numbers,
             strict=True,
         )
         for slot, (start, stop), step in slot_spans:
@@ -133,7 +133,7 @@ class AutogradBackend:
         # Detached: head and loss are computed without autograd, `backward` gets their gradient.
         return hidden.detach(), _Trace(current_pass, hidden)
 
-    def backward(self, trace: _Trace, gradient: torch.Tensor) -> Steps[None]:
+    def backward(self, trace: _Trace, gradient: torch.Tensor) -> PassSteps[None]:
         """See `Backend.backward`. It is one step."""
         yield gradient.device
         for span in trace.current_pass.spans:

@@ -11,8 +11,8 @@ from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.console import summary_line
 from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.pipeline import PassSteps
 from finetune.engine.packed.slot import Slot
-from finetune.engine.packed.turns import Steps
 from finetune.model.decoder_blocks import decoder_block_of
 from finetune.model.device import is_ampere_or_later
 from finetune.model.quantization import compute_dtype
@@ -44,7 +44,7 @@ class Backend(Protocol):
         batch: PackedBatch,
         slots: Sequence[Slot],
         dropout_steps: Sequence[int] | None,
-    ) -> Steps[tuple[torch.Tensor, Any]]:
+    ) -> PassSteps[tuple[torch.Tensor, Any]]:
         """Compute the last hidden state at each position that predicts an answer token.
 
         The embeddings are computed by the call itself, the rest by the steps.
@@ -60,7 +60,7 @@ class Backend(Protocol):
             that `backward` takes.
         """
 
-    def backward(self, trace: Any, gradient: torch.Tensor) -> Steps[None]:
+    def backward(self, trace: Any, gradient: torch.Tensor) -> PassSteps[None]:
         """Replace the gradients of the slots' adapters (`slot.gradient`), in steps.
 
         Args:

@@ -16,9 +16,9 @@ from finetune.engine.evaluation import evaluation_mode
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend
 from finetune.engine.packed.batch import Row, pack_rows
+from finetune.engine.packed.pipeline import complete_pass
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
-from finetune.engine.packed.turns import complete
 from finetune.engine.probes import (
     Comparison,
     Shortcut,
@@ -81,7 +81,7 @@ def _compare_backend(
     slot.refresh_weights()
     # As in training, where the backends round to 16 bits themselves.
     with torch.autocast("cuda", enabled=False):
-        hidden, _ = complete(backend.forward(batch, [slot], None))
+        hidden, _ = complete_pass(backend.forward(batch, [slot], None))
         row_hidden = hidden[batch.target_rows.to(hidden.device) == 1]
         outputs = base.get_output_embeddings()(row_hidden)
         logits = logit_transform_of(base.config).apply(outputs)

@@ -30,6 +30,7 @@ from finetune.engine.packed.execution import Execution
 from finetune.engine.packed.losses import TokenLosses, token_losses
 from finetune.engine.packed.pass_figures import PassFigures
 from finetune.engine.packed.pass_timer import PassTimer
+from finetune.engine.packed.pipeline import PassSteps, group_size, interleave
 from finetune.engine.packed.requests import (
     Evaluate,
     ForwardBackward,
@@ -41,7 +42,6 @@ from finetune.engine.packed.requests import (
 )
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
-from finetune.engine.packed.turns import Steps, group_size, take_turns
 from finetune.engine.probes import Shortcut, model_type_of
 from finetune.errors import refusal
 from finetune.model.adapter import add_adapter
@@ -298,11 +298,12 @@ class Bank:
             those in the slots.
         """
         timer = PassTimer(self.device)
+        # Adapters are copied between GPUs before the passes, and their gradients after them: a copy
+        # waits for what both GPUs have to compute.
         slots = self._refreshed_slots(requests)
-        # A copy between GPUs waits for what they compute: none in the middle of the passes.
         groups = self._groups(requests)
-        passes = take_turns([self._forward(group) for group in groups])
-        group_losses = take_turns([self._backward(each) for each in passes])
+        passes = interleave([self._forward(group) for group in groups])
+        group_losses = interleave([self._backward(each) for each in passes])
         losses = [*itertools.chain(*group_losses)]
         for slot in slots:
             slot.collect_gradient()
@@ -321,14 +322,14 @@ class Bank:
         """Divide requests into those that are computed together.
 
         On several GPUs one group's layers are computed by a GPU while another computes the next
-        layers of the group before (`turns`).
+        layers of the group before (`pipeline`).
         """
         size = group_size(len(requests), self._stages)
         return [
             requests[start : start + size] for start in range(0, len(requests), size)
         ]
 
-    def _forward(self, requests: Sequence[ForwardBackward]) -> Steps[_TrainingPass]:
+    def _forward(self, requests: Sequence[ForwardBackward]) -> PassSteps[_TrainingPass]:
         batch = self._packed_batch(requests)
         slots = [request.slot for request in requests]
         dropout_steps = [request.dropout_step for request in requests]
@@ -340,16 +341,17 @@ class Bank:
         self,
         requests: Sequence[ForwardBackward],
         batch: PackedBatch,
-        steps: Steps[tuple[torch.Tensor, Any]],
-    ) -> Steps[_TrainingPass]:
+        steps: PassSteps[tuple[torch.Tensor, Any]],
+    ) -> PassSteps[_TrainingPass]:
         hidden, trace = yield from steps
         # While a GPU computes the forward pass.
         loss_weights = self._loss_weights(requests, batch)
         return _TrainingPass(batch, hidden, trace, loss_weights)
 
-    def _backward(self, training_pass: _TrainingPass) -> Steps[list[torch.Tensor]]:
+    def _backward(self, training_pass: _TrainingPass) -> PassSteps[list[torch.Tensor]]:
         """Compute the gradients of a pass; return the slots' losses."""
-        yield self._head_device
+        # Not the head's, which may be the first one: the loss belongs to the last blocks.
+        yield self._output_device
         batch = training_pass.batch
         result = self._token_losses(
             training_pass.take_hidden(), batch.targets, training_pass.loss_weights
@@ -400,7 +402,7 @@ class Bank:
         self._refreshed_slots(requests)
         groups = self._groups(requests)
         with torch.inference_mode():
-            figures = take_turns([self._evaluate(group) for group in groups])
+            figures = interleave([self._evaluate(group) for group in groups])
         losses, tokens, correct = self._fetch(torch.cat(figures, 1))
         evaluations = []
         first_row = 0
@@ -415,7 +417,7 @@ class Bank:
             first_row = rows.stop
         return evaluations
 
-    def _evaluate(self, requests: Sequence[Evaluate]) -> Steps[torch.Tensor]:
+    def _evaluate(self, requests: Sequence[Evaluate]) -> PassSteps[torch.Tensor]:
         """Compute the loss of each row, its answer tokens, and how many of these are predicted.
 
         Returns:

@@ -57,7 +57,7 @@ def test_is_what_autograd_allocates(
     training = allocated(
         lambda: bank.forward_backward([ForwardBackward(slot, rows, 0.1, 1)])
     )
-    assert training == pytest.approx(planned.alone.peak + planned.logits, rel=0.1)
+    assert training == pytest.approx(planned.single.peak + planned.logits, rel=0.1)
     evaluating = allocated(lambda: bank.evaluate([Evaluate(slot, rows)]))
     # Beyond what the plan adds for logits anyway.
     assert evaluating <= 1.1 * (planned.evaluating + planned.logits)
@@ -138,7 +138,7 @@ def test_is_about_what_autograd_allocates_for_other_architectures(
     )
     is_mixture = "num_experts_per_tok" in SHAPES[architecture]
     within = 0.1 if is_mixture else 0.15
-    assert training == pytest.approx(planned.alone.peak + planned.logits, rel=within)
+    assert training == pytest.approx(planned.single.peak + planned.logits, rel=within)
     if is_mixture:
         evaluating = allocated(lambda: bank.evaluate([Evaluate(slot, rows)]))
         assert evaluating <= 1.25 * (planned.evaluating + planned.logits)

@@ -188,6 +188,15 @@ def test_activations_that_would_not_fit_are_computed_twice(
     wanted = tiny("trainer.gradient_checkpointing=false")
     assert resolve_checkpointing(wanted, "packed", resources) == wanted
 
+    # Where a plan leaves too little free either way, the one that may still fit is chosen.
+    for available, chosen in ((saved.peak(), True), (saved.peak() - 1, False)):
+        monkeypatch.setattr(
+            "finetune.run.memory_plan.available_memory",
+            lambda gpus, size=available: size,
+        )
+        resolved = resolve_checkpointing(config, "packed", resources)
+        assert resolved.trainer.gradient_checkpointing is chosen
+
 
 @pytest.mark.parametrize(
     ("architecture", "target"),
@@ -283,7 +292,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     rows = [{"input_ids": row, "labels": row} for row in ids]
     parts = [(slot, rows[number::slots]) for number, slot in enumerate(places)]
     work = {
-        elements.training: lambda: bank.forward_backward(
+        elements.stored + elements.passing: lambda: bank.forward_backward(
             [ForwardBackward(*part, 0.1, 1) for part in parts]
         ),
         elements.evaluating: lambda: bank.evaluate([Evaluate(*part) for part in parts]),

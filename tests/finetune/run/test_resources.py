@@ -253,8 +253,14 @@ def test_a_base_that_a_run_has_changed_is_let_go(
 def test_what_is_let_go_leaves_memory(tiny: Tiny) -> None:
     """A base while it is kept, and no longer; a slot on it when it ends. The libraries are out of the
     garbage collector's sight all the time."""
-    from finetune.model.memory import collect_garbage, free_memory
+    from finetune.model.memory import (
+        collect_garbage,
+        free_memory,
+        unfreeze_libraries,
+    )
 
+    unfreeze_libraries()
+    assert gc.get_freeze_count() == 0
     resources, config = SharedResources(), tiny(*RUN)
     with resources.slot(config) as place:
         model = weakref.ref(place().model)

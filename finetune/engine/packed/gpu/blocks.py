@@ -21,7 +21,7 @@ from finetune.engine.packed.gpu.per_layer_input import (
     PerLayerEmbedding,
     ProjectionActivations,
 )
-from finetune.engine.packed.turns import Steps
+from finetune.engine.packed.pipeline import PassSteps
 from finetune.model.decoder_blocks import DecoderBlock, has_per_layer_inputs
 from finetune.model.layer_devices import block_devices
 
@@ -104,7 +104,7 @@ class DecoderBlocks:
 
     def forward(
         self, x: torch.Tensor, context: PassContext, trains: bool
-    ) -> Steps[tuple[torch.Tensor, BlocksTrace]]:
+    ) -> PassSteps[tuple[torch.Tensor, BlocksTrace]]:
         """Compute all blocks, each in a step.
 
         Args:
@@ -171,7 +171,7 @@ class DecoderBlocks:
         # Contiguous, because the kernels compute addresses from the sizes alone.
         return cos[0].contiguous(), sin[0].contiguous()
 
-    def backward(self, trace: BlocksTrace, grad: torch.Tensor) -> Steps[None]:
+    def backward(self, trace: BlocksTrace, grad: torch.Tensor) -> PassSteps[None]:
         """Compute the gradients of the adapters, which go into the slots, each block in a step.
 
         Args:

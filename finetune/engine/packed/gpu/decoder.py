@@ -27,7 +27,7 @@ from finetune.engine.packed.gpu.rms_norm import (
     rms_norm,
     rms_norm_backward,
 )
-from finetune.engine.packed.turns import Steps
+from finetune.engine.packed.pipeline import PassSteps
 from finetune.model.architectures import text_config_of
 from finetune.model.decoder_blocks import decoder_block_of
 from finetune.model.layer_devices import count_stages
@@ -114,7 +114,7 @@ class Decoder:
         batch: PackedBatch,
         slots: "Sequence[Slot]",
         dropout_steps: Sequence[int] | None,
-    ) -> Steps[tuple[torch.Tensor, Trace]]:
+    ) -> PassSteps[tuple[torch.Tensor, Trace]]:
         """See `Backend.forward`."""
         # Steps are given in training only.
         trains = bool(dropout_steps)
@@ -134,9 +134,9 @@ class Decoder:
     @torch.no_grad()
     def _finish(
         self,
-        blocks: Steps[tuple[torch.Tensor, BlocksTrace | RecordedPass]],
+        blocks: PassSteps[tuple[torch.Tensor, BlocksTrace | RecordedPass]],
         prediction_positions: torch.Tensor,
-    ) -> Steps[tuple[torch.Tensor, Trace]]:
+    ) -> PassSteps[tuple[torch.Tensor, Trace]]:
         """Compute the blocks, and then the last norm."""
         x, trace = yield from blocks
         # The last norm and the head see no other positions: only these have a loss.
@@ -153,7 +153,7 @@ class Decoder:
 
     def _replay_or_launch(
         self, x: torch.Tensor, context: PassContext, size: PassSize
-    ) -> Steps[tuple[torch.Tensor, BlocksTrace | RecordedPass]]:
+    ) -> PassSteps[tuple[torch.Tensor, BlocksTrace | RecordedPass]]:
         """Replay the blocks' forward pass if it is recorded for this size, else launch it."""
         recorded = self._recorder.find(size, x, context)
         if recorded is not None:
@@ -170,7 +170,7 @@ class Decoder:
         return x
 
     @torch.no_grad()
-    def backward(self, trace: Trace, gradient: torch.Tensor) -> Steps[None]:
+    def backward(self, trace: Trace, gradient: torch.Tensor) -> PassSteps[None]:
         """See `Backend.backward`."""
         # No name is bound to it here, so that the blocks can free it.
         if isinstance(trace.blocks, RecordedPass):

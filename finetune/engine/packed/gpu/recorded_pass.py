@@ -19,7 +19,7 @@ from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.gpu.blocks import DecoderBlocks
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.pass_size import PassSize
-from finetune.engine.packed.turns import complete
+from finetune.engine.packed.pipeline import complete_pass
 
 log = logging.getLogger(__name__)
 
@@ -112,13 +112,13 @@ class RecordedPass:
         traces = []
 
         def launch_forward() -> None:
-            output, trace = complete(blocks.forward(self._x, context, True))
+            output, trace = complete_pass(blocks.forward(self._x, context, True))
             self._output.copy_(output)
             traces.append(trace)
 
         def launch_backward() -> None:
             # Whoever wants the output has read it by then.
-            complete(blocks.backward(traces.pop(), self._output))
+            complete_pass(blocks.backward(traces.pop(), self._output))
 
         self._replay_forward = pool.record(launch_forward)
         self._replay_backward = pool.record(launch_backward)

@@ -176,7 +176,7 @@ def test_the_check_lets_it_train_packed_and_its_memory_is_planned(
     config = tiny(*saved, "trainer.engine=packed")
     assert choose_engine(config, find_base(config.model)) == "packed"
     plan = plan_memory(config, SharedResources())
-    assert plan.fullest.activations.alone.peak > 0
+    assert plan.fullest.activations.single.peak > 0
     assert plan.fullest.base > 0
 
 

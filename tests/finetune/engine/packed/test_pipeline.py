@@ -1,4 +1,4 @@
-"""Passes take turns on devices, so that each device has work."""
+"""Passes are interleaved on devices, so that each device has work."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from finetune.engine.packed.turns import Steps, group_size, take_turns
+from finetune.engine.packed.pipeline import PassSteps, group_size, interleave
 
 GPUS = [torch.device("cuda", number) for number in range(4)]
 AHEAD = 5
@@ -34,7 +34,7 @@ class Host:
         return max(queue[-1] for queue in self.ends.values() if queue)
 
 
-def walk(host: Host, devices: list[torch.device], name: int) -> Steps[int]:
+def walk(host: Host, devices: list[torch.device], name: int) -> PassSteps[int]:
     ended = 0.0
     for device in devices:
         yield device
@@ -48,10 +48,10 @@ def walk(host: Host, devices: list[torch.device], name: int) -> Steps[int]:
 def test_gpus_work_at_the_same_time(gpus: int, blocks: int, groups: int) -> None:
     devices = [gpu for gpu in GPUS[:gpus] for _ in range(blocks)]
     together, apart = Host(), Host()
-    named = take_turns([walk(together, devices, name) for name in range(groups)])
+    named = interleave([walk(together, devices, name) for name in range(groups)])
     assert named == [*range(groups)]
     for name in range(groups):
-        take_turns([walk(apart, devices, name)])
+        interleave([walk(apart, devices, name)])
     # The shortest that a pipeline can take.
     assert together.end() == blocks * (gpus + groups - 1)
     if blocks > AHEAD:
@@ -61,20 +61,20 @@ def test_gpus_work_at_the_same_time(gpus: int, blocks: int, groups: int) -> None
 def test_the_first_pass_goes_first_and_each_step_is_in_order() -> None:
     order = []
 
-    def walk(name: str, devices: list[int]) -> Steps[str]:
+    def walk(name: str, devices: list[int]) -> PassSteps[str]:
         for number in devices:
             yield GPUS[number]
             order.append(f"{name}{number}")
         return name
 
-    assert take_turns([walk("a", [0, 1]), walk("b", [0, 1]), walk("c", [])]) == [*"abc"]
+    assert interleave([walk("a", [0, 1]), walk("b", [0, 1]), walk("c", [])]) == [*"abc"]
     assert order == ["a0", "a1", "b0", "b1"]
 
 
 def test_after_an_error_no_pass_is_left_open() -> None:
     closed = []
 
-    def walk(fails: bool) -> Steps[None]:
+    def walk(fails: bool) -> PassSteps[None]:
         try:
             for number in itertools.count():
                 yield GPUS[0]
@@ -83,9 +83,9 @@ def test_after_an_error_no_pass_is_left_open() -> None:
         finally:
             closed.append(fails)
 
-    passes: Iterator[Steps[None]] = map(walk, (True, False))
+    passes: Iterator[PassSteps[None]] = map(walk, (True, False))
     with pytest.raises(MemoryError):
-        take_turns([*passes])
+        interleave([*passes])
     assert closed == [True, False]
 
 

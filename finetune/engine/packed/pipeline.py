@@ -14,7 +14,7 @@ import torch
 
 T = TypeVar("T")
 
-Steps = Generator[torch.device, None, T]
+PassSteps = Generator[torch.device, None, T]
 """A pass in steps. Before each it yields the device that computes it; the result is returned."""
 
 
@@ -33,7 +33,7 @@ def group_size(slots: int, gpus: int) -> int:
     return math.ceil(slots / groups)
 
 
-def take_turns(passes: Sequence[Steps[T]]) -> list[T]:
+def interleave(passes: Sequence[PassSteps[T]]) -> list[T]:
     """Launch passes together, a step on each device in turn.
 
     Of the passes that wait for a device, the first one gets it.
@@ -70,7 +70,7 @@ def take_turns(passes: Sequence[Steps[T]]) -> list[T]:
     return [results[number] for number in range(len(passes))]
 
 
-def complete(steps: Steps[T]) -> T:
+def complete_pass(steps: PassSteps[T]) -> T:
     """Launch all steps of one pass; return its result."""
-    (result,) = take_turns([steps])
+    (result,) = interleave([steps])
     return result
