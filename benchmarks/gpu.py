@@ -9,9 +9,8 @@ published models' shapes.
 The base has random weights in NF4 (or nf4_double, as Unsloth always has it), products are in
 bfloat16. Rows have random tokens, all of which the loss counts: short ones 128 to 512 tokens (mean
 about 350), long ones 2,048, turns 16 to 112 (mean about 64). Batch 4, AdamW in 32 bits. Tokens are
-counted without padding; the first steps are not: 4, or 150 where passes are recorded, of which 48 or
-more are measured. `q_v` is r 64
-with dropout 0.1, `all_linear` r 16 without.
+counted without padding. 4 steps come before those that are measured; where passes are recorded 150
+do, and at least 48 are measured. `q_v` is r 64 with dropout 0.1, `all_linear` r 16 without.
 
 `ours` is the engine `packed` with so many slots; `auto` is what `slots=auto` would choose, and
 `planned` what `finetune.plan` says of its memory. `trl` is SFTTrainer as it is; `best` is the best

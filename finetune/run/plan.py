@@ -1,5 +1,6 @@
 """The plan of a run: its memory by purpose, and how many slots fit. `memory_plan` computes it."""
 
+import functools
 import math
 import statistics
 from dataclasses import dataclass
@@ -55,11 +56,16 @@ class Plan:
         Batches are drawn independently, so the largest ones hardly ever meet: by extreme value
         theory the maximum of n sums is about their mean plus sqrt(2 ln n) standard deviations.
         """
-        mean = statistics.fmean(self.batches)
+        mean, deviation = self._mean_and_deviation
         largest = max(self.batches)
         deviations = math.sqrt(2 * math.log(len(self.batches)) * slots)
-        expected = slots * mean + statistics.pstdev(self.batches) * deviations
+        expected = slots * mean + deviation * deviations
         return max(largest, min(slots * largest, expected))
+
+    @functools.cached_property
+    def _mean_and_deviation(self) -> tuple[float, float]:
+        """Of the batches' tokens; of thousands of batches they take milliseconds."""
+        return statistics.fmean(self.batches), statistics.pstdev(self.batches)
 
     def peak(self, slots: int = 1) -> int:
         """Return the most bytes that so many slots need at once, while they train or evaluate."""
@@ -88,7 +94,7 @@ class Plan:
         """The recommended number of slots: as many as keep a GPU busy; 1 on a CPU."""
         if not on_gpu():
             return 1  # one run keeps all cores busy
-        busy = math.ceil(BUSY_TOKENS / statistics.fmean(self.batches))
+        busy = math.ceil(BUSY_TOKENS / self._mean_and_deviation[0])
         return max(1, min(busy, self.largest, MOST_SLOTS))
 
     def require_room(self, config: RunConfig) -> None:

@@ -9,8 +9,8 @@ from support.decoder_bases import ARCHITECTURES, SLOTS, random_base
 from support.matrix import further
 
 EVERY_TIME = ("phi3", "qwen3_5_text")
-"""With Llama, these launch every kernel and have joined layers. The Triton interpreter takes a minute
-for each base."""
+"""With Llama, these launch every kernel and have joined layers. The Triton interpreter takes a
+minute for each base."""
 
 
 def bases() -> Iterator[Any]:
