@@ -13,6 +13,9 @@ if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
     # this causes, and the repeated release and allocation of memory.
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
+# cuDNN plans its attention anew for each number of keys, for 40 ms: with every generated token.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def on_gpu() -> bool:
     """Return whether there is a GPU to train on."""

@@ -32,6 +32,7 @@ from finetune.engine.packed.gpu.decoder import Decoder
 from finetune.engine.packed.requests import Evaluate, ForwardBackward
 
 MODULES = (
+    "adapted_gate",
     "attention",
     "cross_entropy",
     "delta_rule",

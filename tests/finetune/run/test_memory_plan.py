@@ -232,6 +232,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
 
     from finetune.engine.packed.bank import Bank
     from finetune.engine.packed.gpu import (
+        adapted_gate,
         attention,
         cross_entropy,
         delta_rule,
@@ -246,8 +247,8 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     from finetune.run.memory_costs import activation_elements, adapted_layers
 
     modules = (
-        *(attention, cross_entropy, delta_rule, gated_product, lowrank, rms_norm),
-        *(rotary, short_convolution),
+        *(adapted_gate, attention, cross_entropy, delta_rule, gated_product, lowrank),
+        *(rms_norm, rotary, short_convolution),
     )
     for module in modules:
         monkeypatch.setattr(module, "launch", lambda *_: None)

@@ -5,6 +5,11 @@ from typing import Any
 
 import torch
 
+from finetune.engine.packed.gpu.adapted_gate import (
+    UnadaptedOutput,
+    adapted_gate,
+    adapted_gate_backward,
+)
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.gated_product import (
     gated_product,
@@ -30,7 +35,8 @@ class FeedForwardActivations:
     inputs: InputActivations
     gate_up: list[torch.Tensor]
     """Outputs of the gate and up layers [tokens, intermediate_size], or of the one that computes
-    both [tokens, 2 · intermediate_size]; the backward pass overwrites them by their gradients."""
+    both [tokens, 2 · intermediate_size], without their adapters' contributions; the backward pass
+    overwrites them by their gradients."""
     shrunk_down: torch.Tensor | None
     """See `LinearGroup`."""
     output_norm: OutputNormActivations | None
@@ -90,7 +96,7 @@ class FeedForward:
         skips_product = recompute and self._output_norm.norm is None
         # The copy of x is where the sum is built: a recomputed layer has none.
         gate_up, residual, inputs = self._gate_up.forward(
-            x, context, copy_input=not skips_product
+            x, context, copy_input=not skips_product, add_adapters=False
         )
         total = None
         shrunk_down = None
@@ -98,10 +104,14 @@ class FeedForward:
         # No name is bound to the product of gate and up: the backward pass computes it again.
         if residual is not None:
             total, shrunk_down, output_norm = self._output_norm.forward(
-                self._down, self._product(gate_up), residual, context
+                self._down,
+                self._product(gate_up, inputs.shrunk, context),
+                residual,
+                context,
             )
         elif self._down.is_adapted(context):
-            shrunk_down = self._down.shrink(self._product(gate_up), context)
+            product = self._product(gate_up, inputs.shrunk, context)
+            shrunk_down = self._down.shrink(product, context)
         activations = FeedForwardActivations(
             inputs=inputs,
             gate_up=gate_up,
@@ -110,8 +120,28 @@ class FeedForward:
         )
         return total, activations
 
-    def _product(self, gate_up: list[torch.Tensor]) -> torch.Tensor:
-        return gated_product(*_split(gate_up), self._activation)
+    def _product(
+        self,
+        gate_up: list[torch.Tensor],
+        shrunk: torch.Tensor | None,
+        context: PassContext,
+    ) -> torch.Tensor:
+        if shrunk is None:
+            return gated_product(*_split(gate_up), self._activation)
+        gate, up = self._unadapted(gate_up, shrunk)
+        return adapted_gate(gate, up, context.adapters, self._activation)
+
+    def _unadapted(
+        self, gate_up: list[torch.Tensor], shrunk: torch.Tensor
+    ) -> tuple[UnadaptedOutput, UnadaptedOutput]:
+        """Gate and up, with what their adapters' contributions are computed from."""
+        gate, up = _split(gate_up)
+        first_row = self._gate_up.layers.table_row
+        gate_output = UnadaptedOutput(gate, shrunk[0], first_row, first_column=0)
+        if len(gate_up) == 1:
+            columns = gate.shape[1]
+            return gate_output, UnadaptedOutput(up, shrunk[0], first_row, columns)
+        return gate_output, UnadaptedOutput(up, shrunk[1], first_row + 1, 0)
 
     def backward(
         self,
@@ -130,21 +160,17 @@ class FeedForward:
             The gradient of x [tokens, hidden_size].
         """
         grad_sum = self._output_norm.backward(grad_output, activations.output_norm)
+        shrunk = activations.inputs.shrunk
         grad_product, grad_shrunk = self._down.backward(
-            [grad_sum], activations.shrunk_down, context
+            [grad_sum],
+            activations.shrunk_down,
+            context,
+            through_adapters=shrunk is None,
         )
-        is_down_adapted = grad_shrunk is not None
-        gate, up = _split(activations.gate_up)
+        product = self._backward_product(
+            grad_product, grad_shrunk, activations.gate_up, shrunk, context
+        )
         # The down layer's A gets its gradient from the product; nothing else needs it again.
-        product = gated_product_backward(
-            grad_product,
-            gate,
-            up,
-            self._activation,
-            recompute_output=is_down_adapted,
-            grad_gate=gate,
-            grad_up=up,
-        )
         self._down.backward_a(product, grad_shrunk, context)
         # The product of gate and up is as large as either of them.
         del grad_product, product
@@ -153,6 +179,40 @@ class FeedForward:
         grad_x = self._gate_up.backward(grads, grad_output, activations.inputs, context)
         assert grad_x is not None
         return grad_x
+
+    def _backward_product(
+        self,
+        grad_product: torch.Tensor,
+        grad_shrunk: torch.Tensor | None,
+        gate_up: list[torch.Tensor],
+        shrunk: torch.Tensor | None,
+        context: PassContext,
+    ) -> torch.Tensor | None:
+        """Turn gate and up into their gradients, and return their product if A's gradient needs it.
+
+        The product takes the place of its gradient.
+        """
+        if shrunk is None:
+            gate, up = _split(gate_up)
+            return gated_product_backward(
+                grad_product,
+                gate,
+                up,
+                self._activation,
+                recompute_output=grad_shrunk is not None,
+                grad_gate=gate,
+                grad_up=up,
+            )
+        adapted_gate_backward(
+            grad_product,
+            # Where no adapter is on the down layer, the kernel does not read it.
+            shrunk[0] if grad_shrunk is None else grad_shrunk[0],
+            self._down.table_row,
+            *self._unadapted(gate_up, shrunk),
+            context.adapters,
+            self._activation,
+        )
+        return grad_product
 
 
 def _split(gate_up: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -89,7 +89,7 @@ def _shape(
 
 
 @triton.jit
-def _activate(g, ACTIVATION: tl.constexpr):
+def activate(g, ACTIVATION: tl.constexpr):
     """An activation and its derivative."""
     if ACTIVATION == 0:
         sigmoid = tl.sigmoid(g)
@@ -120,7 +120,7 @@ def _gated_product_kernel(
     mask = column < columns
     g = load_float32(gate + row * gate_stride, column, mask)
     u = load_float32(up + row * up_stride, column, mask)
-    activated, _ = _activate(g, ACTIVATION)
+    activated, _ = activate(g, ACTIVATION)
     store_rounded(
         output + row * columns,
         column,
@@ -142,7 +142,7 @@ def _gated_product_backward_kernel(
     grad = load_float32(grad_first, column, mask)
     g = load_float32(gate + row * gate_stride, column, mask)
     u = load_float32(up + row * up_stride, column, mask)
-    activated, derivative = _activate(g, ACTIVATION)
+    activated, derivative = activate(g, ACTIVATION)
     store_rounded(
         grad_gate + row * grad_gate_stride,
         column,

@@ -50,6 +50,19 @@ class LinearGroup:
             outputs.append(self._forward_layer(number, x, shrunk, context, residual))
         return outputs, shrunk
 
+    def forward_unadapted(
+        self, x: torch.Tensor, context: PassContext
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Compute the outputs of all layers without the adapters' contributions, and `shrunk`.
+
+        Arguments and results are otherwise those of `forward`.
+        """
+        shrunk = self.shrink(x, context)
+        outputs = []
+        for number, layer in enumerate(self.layers):
+            outputs.append(linear(x, self._forward_weight(number, context), layer.bias))
+        return outputs, shrunk
+
     def _forward_layer(
         self,
         number: int,
@@ -58,31 +71,37 @@ class LinearGroup:
         context: PassContext,
         residual: torch.Tensor | None,
     ) -> torch.Tensor:
-        layer = self.layers[number]
-        name = self.names[number]
-        weight = dense_weight(layer)
+        weight = self._forward_weight(number, context)
+        bias = self.layers[number].bias
+        row = self.table_row + number
+        is_adapted = shrunk is not None and self.names[number] in context.adapted_layers
+        # `addmm_` adds the product to what is there without a pass of its own over memory, and
+        # rounds once.
+        if residual is None and is_adapted:
+            assert shrunk is not None
+            output = lowrank.expand(shrunk[number], context.adapters, row, len(weight))
+            output.addmm_(x, weight.t())
+            if bias is not None:
+                output.add_(bias)
+            return output
+        if residual is not None and not is_adapted and bias is None:
+            return residual.addmm_(x, weight.t())
+        output = linear(x, weight, bias)
+        if residual is None:
+            return output
+        if not is_adapted:
+            return residual.add_(output)
+        assert shrunk is not None
+        lowrank.add_expanded(residual, output, shrunk[number], context.adapters, row)
+        return residual
+
+    def _forward_weight(self, number: int, context: PassContext) -> torch.Tensor:
+        """A layer's weight, dequantised."""
+        weight = dense_weight(self.layers[number])
         # For the backward pass of a block that is computed again, which follows at once.
         if context.weight_cache is not None:
-            context.weight_cache[name] = weight
-        # `addmm_` adds the product to what is there without a pass of its own over memory, and
-        # rounds once. The adapter's contribution is not added to the residual by itself: in 16
-        # bits it may be too small to change the much larger residual.
-        if shrunk is not None and name in context.adapted_layers:
-            row = self.table_row + number
-            output = lowrank.expand(
-                shrunk[number],
-                context.adapters,
-                row,
-                len(weight),
-            )
-            output.addmm_(x, weight.t())
-            if layer.bias is not None:
-                output.add_(layer.bias)
-        elif residual is None or layer.bias is not None:
-            output = linear(x, weight, layer.bias)
-        else:
-            return residual.addmm_(x, weight.t())
-        return output if residual is None else residual.add_(output)
+            context.weight_cache[self.names[number]] = weight
+        return weight
 
     def shrink(self, x: torch.Tensor, context: PassContext) -> torch.Tensor | None:
         """Compute `shrunk` alone; None where no layer is adapted."""
@@ -133,6 +152,7 @@ class LinearGroup:
         grad_outputs: list[torch.Tensor],
         shrunk: torch.Tensor | None,
         context: PassContext,
+        through_adapters: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the gradient of the input, and as `backward_b`.
 
@@ -140,6 +160,7 @@ class LinearGroup:
             grad_outputs: Gradients of the layers' outputs [tokens, out_features].
             shrunk: From `forward`.
             context: The pass.
+            through_adapters: Whether the input's gradient has what comes through the adapters.
 
         Returns:
             The gradients of the input [tokens, in_features] and of `shrunk`.
@@ -148,7 +169,7 @@ class LinearGroup:
         grad_x = None
         # The smaller contribution first: `addmm_` then adds the large products to it, each
         # without a pass of its own over memory.
-        if grad_shrunk is not None:
+        if grad_shrunk is not None and through_adapters:
             in_features = self.layers[0].in_features
             grad_x = lowrank.shrink_backward(
                 grad_shrunk, context.adapters, self.table_row, in_features

@@ -71,12 +71,43 @@ def expand(
     Returns:
         [tokens, out_features]; zero where a slot has no adapter on the layer.
     """
-    return _launch_expand(
+    y = shrunk.new_empty(len(shrunk), width)
+    _launch_expand(
+        y,
         shrunk[None],
         tables,
         layer,
-        width,
         through_a=False,
+    )
+    return y
+
+
+def add_expanded(
+    residual: torch.Tensor,
+    y: torch.Tensor,
+    shrunk: torch.Tensor,
+    tables: AdapterTables,
+    layer: int,
+) -> None:
+    """Add a layer's output and its adapters' contribution to the residual stream, in place.
+
+    The sum is rounded once: in 16 bits the contribution alone may be too small to change the much
+    larger residual.
+
+    Args:
+        residual: [tokens, out_features].
+        y: The layer's output without its adapters [tokens, out_features].
+        shrunk: The layer's from `shrink` [tokens, rank].
+        tables: The slots.
+        layer: The layer's row in the slots' tables.
+    """
+    _launch_expand(
+        y,
+        shrunk[None],
+        tables,
+        layer,
+        through_a=False,
+        residual=residual,
     )
 
 
@@ -129,13 +160,15 @@ def shrink_backward(
     Returns:
         [tokens, in_features].
     """
-    return _launch_expand(
+    grad_x = grad_shrunk.new_empty(grad_shrunk.shape[1], width)
+    _launch_expand(
+        grad_x,
         grad_shrunk,
         tables,
         layer,
-        width,
         through_a=True,
     )
+    return grad_x
 
 
 def shrink_weight_gradient(
@@ -200,28 +233,25 @@ def _launch_shrink(
 
 
 def _launch_expand(
+    y: torch.Tensor,
     shrunk: torch.Tensor,
     tables: AdapterTables,
     layer: int,
-    width: int,
     through_a: bool,
-) -> torch.Tensor:
+    residual: torch.Tensor | None = None,
+) -> None:
     count, tokens, rank = shrunk.shape
+    width = y.shape[1]
     table = tables.layers[layer]
     rank_block = min(rank, 64)
     outer_block = 128
     # Through A the gradient of the input is computed: it is 0 where dropout dropped the input.
     dropout = tables.has_dropout and through_a
-    warps = 8 if tables.tile_tokens == 64 else 4
-    y = torch.empty(
-        tokens,
-        width,
-        dtype=shrunk.dtype,
-        device=shrunk.device,
-    )
     grid = (triton.cdiv(width, outer_block), len(tables.tiles), 1)
     arguments = (
         y,
+        # Any tensor, where the kernel does not read it.
+        y if residual is None else residual,
         shrunk,
         table,
         tables.spans,
@@ -231,11 +261,10 @@ def _launch_expand(
         tokens,
     )
     constants = (
-        through_a, dropout, tables.aligned, count, rank, tables.tile_tokens, rank_block,
-        outer_block,
+        through_a, residual is not None, dropout, tables.aligned, count, rank,
+        tables.tile_tokens, rank_block, outer_block,
     )  # fmt: skip
-    launch(expand_kernel, grid, arguments, constants, warps, 2)
-    return y
+    launch(expand_kernel, grid, arguments, constants, stages=2)
 
 
 def _launch_weight_gradient(

@@ -8,7 +8,7 @@ different ranks. `aligned` tables let the compiler use vector loads. Products ge
 import triton
 import triton.language as tl
 
-from finetune.engine.packed.gpu.element_access import store_rounded
+from finetune.engine.packed.gpu.element_access import load_float32, store_rounded
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _load_scaling(span, table):
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     tiles,
     spans,
     tables,
@@ -152,7 +152,7 @@ def shrink_kernel(
     TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr, INNER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """shrunk = x Aᵀ of one layer for a tile of tokens; THROUGH_B: scaling · x B, its gradient."""
-    first, span, table = _load_tile(tiles, spans, tables, stride)
+    first, span, table = load_tile(tiles, spans, tables, stride)
     # Programs that read the same tokens are next to each other, so that a cache may hold them.
     rank_blocks: tl.constexpr = RANK // RANK_BLOCK
     layer = tl.program_id(0) // rank_blocks
@@ -211,12 +211,34 @@ def shrink_kernel(
 
 
 @triton.jit
-def _expand_product(
-    shrunk, weight, tokens, outer, rank, width, token_mask, outer_mask,
-    THROUGH_A: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    OUTER_BLOCK: tl.constexpr,
+def load_adapter(
+    span, table,
+    dtype: tl.constexpr, THROUGH_A: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """shrunk Bᵀ of one layer, or shrunk A, for a tile of tokens [TOKENS, OUTER_BLOCK]."""
+    """What `contribution` reads of a slot's adapter: A or B, its rank and its factor."""
+    rank = _load_rank(table, ALIGNED)
+    if THROUGH_A:
+        weight = _matrix_a(table, dtype, ALIGNED)
+        # A gradient that goes through A has the scaling from its way through B.
+        factor = 1.0
+    else:
+        weight = _matrix_b(table, dtype, ALIGNED)
+        factor = _load_scaling(span, table)
+    return weight, rank, factor
+
+
+@triton.jit
+def contribution(
+    shrunk, weight, rank, factor, span, table, tokens, outer, width, token_mask, outer_mask,
+    THROUGH_A: tl.constexpr, DROPOUT: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, OUTER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """scaling · shrunk Bᵀ of one layer for a tile of tokens; THROUGH_A: shrunk A.
+
+    [TOKENS, OUTER_BLOCK], float32; zero where the slot has no adapter on the layer.
+    """
+    # Without an adapter the rank is 0, and all that is loaded below is masked. There is no branch,
+    # as Triton does not load ahead in loops that have one.
     total = tl.zeros((TOKENS, OUTER_BLOCK), dtype=tl.float32)
     for begin in tl.static_range(0, RANK, RANK_BLOCK):
         ranks = begin + tl.arange(0, RANK_BLOCK)
@@ -234,59 +256,56 @@ def _expand_product(
             total,
             input_precision="ieee",
         )
+    total *= factor
+    if DROPOUT:
+        total = _drop(
+            total,
+            span,
+            table,
+            tokens - tl.load(span),
+            outer,
+        )
     return total
 
 
 # Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
 @triton.jit(do_not_specialize=["token_count"])
 def expand_kernel(
-    y, shrunk, tables, spans, tiles, stride, width, token_count,
-    THROUGH_A: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, LAYERS: tl.constexpr,
-    RANK: tl.constexpr, TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr, OUTER_BLOCK: tl.constexpr,
+    y, residual, shrunk, tables, spans, tiles, stride, width, token_count,
+    THROUGH_A: tl.constexpr, ADDS: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
+    LAYERS: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    OUTER_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = scaling · shrunk Bᵀ for a tile of tokens; THROUGH_A: the sum of shrunk A over layers."""
-    first, span, table = _load_tile(tiles, spans, tables, stride)
-    start = tl.load(span)
+    """y = scaling · shrunk Bᵀ for a tile of tokens; THROUGH_A: the sum of shrunk A over layers.
+
+    ADDS: that and y are added to the residual instead.
+    """
+    first, span, table = load_tile(tiles, spans, tables, stride)
     stop = tl.load(span + 1)
     tokens = first.to(tl.int64) + tl.arange(0, TOKENS)
     token_mask = tokens < stop
     outer = tl.program_id(0) * OUTER_BLOCK + tl.arange(0, OUTER_BLOCK)
     outer_mask = outer < width
+    offsets = tokens[:, None] * width + outer[None, :]
+    mask = token_mask[:, None] & outer_mask[None, :]
     result = tl.zeros((TOKENS, OUTER_BLOCK), dtype=tl.float32)
-    dtype: tl.constexpr = y.dtype.element_ty
     # Several layers only through A: the gradients of their common input are summed here.
     for _ in tl.static_range(LAYERS):
-        rank = _load_rank(table, ALIGNED)
-        if rank > 0:
-            if THROUGH_A:
-                weight = _matrix_a(table, dtype, ALIGNED)
-            else:
-                weight = _matrix_b(table, dtype, ALIGNED)
-            total = _expand_product(
-                shrunk, weight, tokens, outer, rank, width, token_mask, outer_mask,
-                THROUGH_A, RANK, TOKENS, RANK_BLOCK, OUTER_BLOCK
-            )  # fmt: skip
-            # A gradient that goes through A has the scaling from its way through B.
-            if not THROUGH_A:
-                total *= _load_scaling(span, table)
-            if DROPOUT:
-                total = _drop(
-                    total,
-                    span,
-                    table,
-                    tokens - start,
-                    outer,
-                )
-            result += total
+        weight, rank, factor = load_adapter(
+            span, table, y.dtype.element_ty, THROUGH_A, ALIGNED
+        )
+        result += contribution(
+            shrunk, weight, rank, factor, span, table, tokens, outer, width, token_mask,
+            outer_mask, THROUGH_A, DROPOUT, RANK, TOKENS, RANK_BLOCK, OUTER_BLOCK
+        )  # fmt: skip
         table += 8
         shrunk += token_count.to(tl.int64) * RANK
-    mask = token_mask[:, None] & outer_mask[None, :]
-    store_rounded(
-        y,
-        tokens[:, None] * width + outer[None, :],
-        result,
-        mask,
-    )
+    if ADDS:
+        result += load_float32(y, offsets, mask)
+        result += load_float32(residual, offsets, mask)
+        store_rounded(residual, offsets, result, mask)
+    else:
+        store_rounded(y, offsets, result, mask)
 
 
 # Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.

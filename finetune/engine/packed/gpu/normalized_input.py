@@ -31,7 +31,11 @@ class NormalizedInput:
     layers: LinearGroup
 
     def forward(
-        self, x: torch.Tensor, context: PassContext, copy_input: bool = True
+        self,
+        x: torch.Tensor,
+        context: PassContext,
+        copy_input: bool = True,
+        add_adapters: bool = True,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None, InputActivations]:
         """Compute layer(norm(x)) for each layer.
 
@@ -39,13 +43,17 @@ class NormalizedInput:
             x: [tokens, hidden_size].
             context: The pass.
             copy_input: Copy x on the way, for the sum of the residual connection.
+            add_adapters: Whether the outputs have the adapters' contributions.
 
         Returns:
             The outputs [tokens, out_features]; the copy of x or None; the activations.
         """
         normalized: torch.Tensor | None
         normalized, inverse_rms, residual = rms_norm(x, self.norm, copy_input)
-        outputs, shrunk = self.layers.forward(normalized, context)
+        if add_adapters:
+            outputs, shrunk = self.layers.forward(normalized, context)
+        else:
+            outputs, shrunk = self.layers.forward_unadapted(normalized, context)
         # Only the gradient of an adapter's A reads it.
         if shrunk is None:
             normalized = None

@@ -174,7 +174,7 @@ class Case:
     Nothing adapts the first.
     """
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float, widths: tuple[int, int] = WIDTHS) -> None:
         import torch
 
         from finetune.engine.packed.gpu.adapter_tables import (
@@ -186,8 +186,8 @@ class Case:
         from finetune.engine.packed.lora_linear import Adapter, SlotTokens
 
         torch.manual_seed(0)
-        self.x = draw(PARTS[-1][1], WIDTHS[0])
-        self.slopes = [draw(PARTS[-1][1], WIDTHS[1]) for _ in range(2)]
+        self.x = draw(PARTS[-1][1], widths[0])
+        self.slopes = [draw(PARTS[-1][1], widths[1]) for _ in range(2)]
         self.adapters: list[list[Adapter]] = [[], []]
         self.stretches: list[list[SlotTokens]] = [[], []]
         tables, rows = [], []
@@ -195,7 +195,7 @@ class Case:
             table = torch.zeros(3, COLUMNS, dtype=torch.int64)
             for layer, rank in enumerate(ranks):
                 if rank:
-                    a, b = draw(rank, WIDTHS[0]), draw(WIDTHS[1], rank)
+                    a, b = draw(rank, widths[0]), draw(widths[1], rank)
                     adapter = Adapter(
                         7 + layer,
                         0.5 + number,
@@ -272,6 +272,62 @@ def test_adapters_at_once_are_adapters_in_turn() -> None:
     for one, other in zip(
         case.by_kernels(case.x, case.slopes), case.by_pytorch(), strict=True
     ):
+        assert float((one - other).norm() / other.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_gate_with_adapters_is_the_gated_product_of_the_sums(
+    is_joined: bool, dropout: float
+) -> None:
+    """Gate and up are outputs of a layer each, or of one for both; layer 2 stands for `down`."""
+    import torch
+
+    from finetune.engine.packed.gpu import lowrank
+    from finetune.engine.packed.gpu.adapted_gate import (
+        UnadaptedOutput,
+        adapted_gate,
+        adapted_gate_backward,
+    )
+    from finetune.engine.packed.gpu.gated_product import (
+        gated_product,
+        gated_product_backward,
+    )
+
+    columns = 136
+    outputs = 2 * columns if is_joined else columns
+    case = Case(dropout, (columns, outputs))
+    tokens = len(case.x)
+    shrunk = lowrank.shrink(0.01 * case.x, case.tables, 1, 2)
+    added = [
+        lowrank.expand(shrunk[layer], case.tables, 1 + layer, outputs)
+        for layer in (0, 1)
+    ]
+    if is_joined:
+        joined = draw(tokens, outputs)
+        gate, up = joined.chunk(2, 1)
+        places = [(0, 1, 0), (0, 1, columns)]
+        sums = (joined + added[0]).chunk(2, 1)
+    else:
+        gate, up = draw(tokens, columns), draw(tokens, columns)
+        places = [(0, 1, 0), (1, 2, 0)]
+        sums = gate + added[0], up + added[1]
+    sums = tuple(part.contiguous() for part in sums)
+    slope, grad_shrunk = draw(tokens, columns), draw(tokens, case.tables.rank)
+    through_a = lowrank.shrink_backward(grad_shrunk[None], case.tables, 2, columns)
+    expected = [torch.empty_like(slope) for _ in range(2)]
+    product = gated_product_backward(slope + through_a, *sums, "silu", True, *expected)
+
+    unadapted = [
+        UnadaptedOutput(output, shrunk[number], layer, first)
+        for output, (number, layer, first) in zip((gate, up), places, strict=True)
+    ]
+    computed = adapted_gate(*unadapted, case.tables, "silu")
+    adapted_gate_backward(slope, grad_shrunk, 2, *unadapted, case.tables, "silu")
+    assert product is not None
+    pairs = [(computed, gated_product(*sums, "silu")), (slope, product)]
+    pairs += [(gate, expected[0]), (up, expected[1])]
+    for one, other in pairs:
         assert float((one - other).norm() / other.norm()) < 1e-6
 
 
