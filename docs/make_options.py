@@ -8,6 +8,7 @@ It takes some minutes on a CPU, without a network. tests/test_options.py compare
 import argparse
 import contextlib
 import dataclasses
+import gc
 import os
 import sys
 import tempfile
@@ -216,6 +217,8 @@ def _cells(
 
     cells = {}
     for kind in QUANTIZATIONS:
+        # Runs collect garbage, without searching the modules that are loaded by now.
+        gc.freeze()
         resources = SharedResources()
         for option, overrides in table.items():
             for engine in ENGINES:
