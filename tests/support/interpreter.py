@@ -1,5 +1,6 @@
 """Triton's interpreter, without what it does again and again."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     The interpreter replaces them by NumPy's at each launch, and again whenever a kernel calls a
     helper function, where nothing is left to replace (Triton 3.9, `runtime/interpreter.py`:
-    `InterpretedFunction.__call__`). That search took nine tenths of a kernel's time.
+    `InterpretedFunction.__call__`). That search took half of a kernel's time.
     """
     from triton.runtime import interpreter
 
@@ -29,3 +30,11 @@ def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
     monkeypatch.setattr(interpreter, "_patch_lang", replace_once)
+
+
+def leave_overflow_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute a kernel's integers of 32 bits as a GPU does, which takes a third of its time less."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter_builder, "options", options)
