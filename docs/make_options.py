@@ -1,6 +1,6 @@
 """Write docs/options.md: every option with both engines and each quantization, each cell by a run.
 
-python docs/make_options.py [--to FILE]
+python docs/make_options.py [--to FILE] [--quantizations NAME,…]
 
 It takes some minutes on a CPU, without a network. tests/test_options.py compares.
 """
@@ -8,11 +8,13 @@ It takes some minutes on a CPU, without a network. tests/test_options.py compare
 import argparse
 import contextlib
 import dataclasses
+import gc
 import os
 import sys
 import tempfile
 import typing
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -162,17 +164,18 @@ class Reasons:
         return self.numbers.setdefault(reason, len(self.numbers) + 1)
 
 
-def render() -> str:
-    """Train all cells and return the page's text."""
+def render(quantizations: Sequence[str]) -> str:
+    """Train all cells of some quantizations and return the page's text."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = make_tiny_base(folder / "base")
         give_biases(base)
         adapter = _train_adapter(base, folder)
         table = options(adapter)
-        cells = _cells(base, folder, table, {str(folder): "FOLDER"})
+        names = {str(folder): "FOLDER"}
+        cells = _cells(base, folder, table, quantizations, names)
     reasons = Reasons()
-    header = [f"{engine} {kind}" for engine in ENGINES for kind in QUANTIZATIONS]
+    header = [f"{engine} {kind}" for engine in ENGINES for kind in quantizations]
     lines = [
         f"| option | {' | '.join(header)} |",
         "|---" * (len(header) + 1) + "|",
@@ -180,7 +183,7 @@ def render() -> str:
     for option in table:
         row = []
         for engine in ENGINES:
-            for kind in QUANTIZATIONS:
+            for kind in quantizations:
                 reason = cells[option, engine, kind]
                 row.append("yes" if reason is None else str(reasons.number(reason)))
         lines.append(f"| {option} | {' | '.join(row)} |")
@@ -202,6 +205,7 @@ def _cells(
     base: Path,
     folder: Path,
     table: dict[str, tuple[str, ...]],
+    quantizations: Sequence[str],
     names: dict[str, str],
 ) -> dict[tuple[str, str, str], str | None]:
     """Train each cell; return why it is refused, None where it trains.
@@ -210,12 +214,15 @@ def _cells(
         base: The base's folder.
         folder: For the runs.
         table: The overrides of each option.
+        quantizations: The columns of each engine.
         names: Texts that are replaced in reasons.
     """
     from finetune.run.resources import SharedResources
 
     cells = {}
-    for kind in QUANTIZATIONS:
+    for kind in quantizations:
+        # Runs collect garbage, without searching the modules that are loaded by now.
+        gc.freeze()
         resources = SharedResources()
         for option, overrides in table.items():
             for engine in ENGINES:
@@ -258,11 +265,14 @@ def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=Path, default=PAGE, metavar="FILE")
+    parser.add_argument(
+        "--quantizations", default=",".join(QUANTIZATIONS), metavar="NAME,…"
+    )
     arguments = parser.parse_args()
     quiet_libraries(bars=False)
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        text = render()
+        text = render(arguments.quantizations.split(","))
     arguments.to.write_text(text)
 
 

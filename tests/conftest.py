@@ -35,6 +35,8 @@ test_kills test_study_database test_training test_pack test_study test_launcher 
 test_learning_rate test_memory_plan test_commands test_bank test_samples test_pack_order
 test_multimodal test_confirm test_samplers test_packed_study test_bad_config test_kernels
 test_resources test_trackers test_decoder test_report_page test_selection test_publish_wandb test_promotion
+test_compiled_kernels test_workers test_faults test_lost_workers test_wandb_study test_packaged test_queue
+test_advice_rates test_recorded_pass test_row_chunks test_cpu_activations test_architectures test_api
 """.split()
 """The files that take longest begin first, so that neither of two processes is idle at the end."""
 

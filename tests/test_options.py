@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.matrix import further
 from support.scripts import load_script
 
 from finetune.config.sections.lora import CHOOSES_MATRICES
@@ -62,10 +63,44 @@ def test_every_reason_is_used_and_every_number_has_one() -> None:
     assert used == reasons
 
 
+def shown(quantizations: list[str]) -> str:
+    """The page without the columns of other quantizations."""
+    lines = PAGE.read_text().splitlines(keepends=True)
+    header = next(line for line in lines if line.startswith("|")).split("|")
+    kept = [
+        number
+        for number, name in enumerate(header)
+        if set(name.split()[1:]) <= set(quantizations)
+    ]
+    return "".join(
+        "|".join(line.split("|")[number] for number in kept)
+        if line.startswith("|")
+        else line
+        for line in lines
+    )
+
+
+def test_each_quantization_in_4_bits_has_the_same_cells() -> None:
+    for cells in table().values():
+        for nf4, nf4_double, fp4 in (cells[1:4], cells[6:9]):
+            assert nf4 == nf4_double == fp4
+
+
 @pytest.mark.slow
-def test_each_cell_is_what_a_run_shows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "quantizations",
+    [
+        # bitsandbytes computes the other two by the same code, with another table of values.
+        ["none", "nf4_double", "int8"],
+        *further(["none", "nf4", "nf4_double", "fp4", "int8"]),
+    ],
+)
+def test_each_cell_is_what_a_run_shows(
+    quantizations: list[str], tmp_path: Path
+) -> None:
     made = tmp_path / "options.md"
     command = [sys.executable, DOCS / "make_options.py", "--to", made]
+    command += ["--quantizations", ",".join(quantizations)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert made.read_text() == PAGE.read_text(), "run: python docs/make_options.py"
+    assert made.read_text() == shown(quantizations), "run: python docs/make_options.py"

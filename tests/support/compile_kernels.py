@@ -99,7 +99,7 @@ def _run(architecture: str, head_dim: int) -> None:
     sizes = {
         "vocab_size": 512,
         "hidden_size": 4 * head_dim,
-        "intermediate_size": 8 * head_dim,
+        "intermediate_size": 4 * head_dim,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -141,7 +141,9 @@ def _kind(argument: Any) -> Any:
     """What Triton compiles for, of an argument."""
     if isinstance(argument, torch.Tensor):
         return str(argument.dtype)
-    return "float" if isinstance(argument, float) else (argument % 16, argument == 1)
+    if isinstance(argument, float):
+        return "float"
+    return argument % 16 == 0, argument == 1
 
 
 def _shared_memory(launch: tuple[Any, ...], capability: int) -> int:

@@ -122,7 +122,7 @@ def test_a_script_without_a_guard_reads_many_rows(tmp_path: Path) -> None:
 @needs_processes
 @pytest.mark.parametrize("name", ["SIGKILL", *further("SIGINT", "SIGTERM")])
 def test_processes_end_with_the_command_and_the_next_one_begins_anew(
-    tmp_path: Path, name: str
+    tiny_base: Path, tmp_path: Path, name: str
 ) -> None:
     long = [{"text": f"{n} " + "word " * 60} for n in range(MANY)]
     file = write_jsonl(tmp_path / "rows.jsonl", long)
@@ -130,6 +130,7 @@ def test_processes_end_with_the_command_and_the_next_one_begins_anew(
         sys.executable,
         "-m",
         "finetune.preview",
+        f"model.name_or_path={tiny_base}",  # the packaged one is not in an empty cache
         f"dataset.path={file}",
         "--rows",
         "1",

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ Bank.forward_backward = kills
 def in_all_processes(code: str, cwd: Path) -> dict[str, Any]:
     """Arguments with which a command runs code first, and each Python process that it starts."""
     cwd.mkdir(parents=True, exist_ok=True)
-    (cwd / "sitecustomize.py").write_text(code)
+    # What only watches over workers has no use for the modules that the code imports.
+    condition = "import sys\nif 'resource_tracker' not in ' '.join(sys.orig_argv):\n"
+    guarded = condition + textwrap.indent(code, "    ")
+    (cwd / "sitecustomize.py").write_text(guarded)
     paths = os.pathsep.join([str(cwd), os.environ.get("PYTHONPATH", "")])
     return {"before": code, "environment": {"PYTHONPATH": paths}, "cwd": cwd}
 

@@ -83,10 +83,10 @@ def test_a_worker_killed_beside_others_is_replaced_in_the_same_command(
     tiny_base: Path, tmp_path: Path
 ) -> None:
     more = (
-        "hydra.sweeper.n_trials=6",
+        "hydra.sweeper.n_trials=4",
         "hydra.sweeper.n_jobs=2",
-        "trainer.max_steps=12",
-        "trainer.save_steps=4",
+        "trainer.max_steps=8",
+        "trainer.save_steps=2",
     )
     process = start_slowly([*study_overrides(tiny_base, "s"), *more], tmp_path)
     wait_until(lambda: len(workers_of(process, tmp_path)) == 2, process)
@@ -99,7 +99,7 @@ def test_a_worker_killed_beside_others_is_replaced_in_the_same_command(
 
     assert process.returncode == 0, said
     assert "a worker was lost" in said
-    assert [trial.number for trial in trials_of(tmp_path, *FINISHED)] == list(range(6))
+    assert [trial.number for trial in trials_of(tmp_path, *FINISHED)] == list(range(4))
     assert not trials_of(tmp_path, TrialState.FAIL)
     require_params_agree(tmp_path)
 
