@@ -15,9 +15,8 @@ minute for each base."""
 
 def bases() -> Iterator[Any]:
     """One base in the fast tests, some in the slow ones, all others with the large tables."""
-    # What is stored instead of computed again is the same, bit for bit: the next test shows it.
     yield "llama", True
-    yield pytest.param("llama", False, marks=[pytest.mark.slow, pytest.mark.matrix])
+    yield pytest.param("llama", False, marks=pytest.mark.slow)
     for architecture in list(ARCHITECTURES)[1:]:
         for saves in (True, False):
             always = saves and architecture in EVERY_TIME
