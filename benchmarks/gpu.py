@@ -9,7 +9,7 @@ published models' shapes.
 The base has random weights in NF4 (or nf4_double, as Unsloth always has it), products are in
 bfloat16. Rows have random tokens, all of which the loss counts: short ones 128 to 512 tokens (mean
 about 350), long ones 2,048, turns 16 to 112 (mean about 64). Batch 4, AdamW in 32 bits. Tokens are
-counted without padding. 4 steps come before those that are measured; where passes are recorded 150
+counted without padding. 24 steps come before those that are measured; where passes are recorded 150
 do, and at least 48 are measured. `q_v` is r 64 with dropout 0.1, `all_linear` r 16 without.
 
 `ours` is the engine `packed` with so many slots; `auto` is what `slots=auto` would choose, and
@@ -51,9 +51,9 @@ from random_base import (
     write_checkpoint,
 )
 
-WARM = 4
-"""Steps before the clock starts, with fewer than four slots more of them: a matrix product's
-kernel is loaded when its shape is first met."""
+WARM = 24
+"""Steps before the clock starts: a matrix product's kernel is loaded when its shape is first met,
+which takes milliseconds."""
 
 WARM_RECORDED = 150
 """The same of `ours` where passes are recorded: by then nearly all sizes have been met twice."""
@@ -196,9 +196,7 @@ class Case:
         """What `--busy` adds to the line."""
         self.slots = 1 if slots == "auto" else int(slots)
         if not tiny and slots != "auto" and self.slots < 4 and gpus == 1:
-            self.warm, self.steps = (
-                4 // self.slots * count for count in (self.warm, self.steps)
-            )
+            self.steps *= 4 // self.slots
         if side == "ours":
             plan = self.plan_memory()
             if slots == "auto":
