@@ -135,8 +135,11 @@ def test_padded_tables_change_nothing() -> None:
         assert torch.equal(exact[:tokens], padded[:tokens])
 
 
-@pytest.mark.parametrize("channels", [40, 200])
-def test_short_convolution_is_transformers(channels: int) -> None:
+@pytest.mark.parametrize(
+    ("channels", "taps"), [(40, 4), (200, 4), (40, 1), (40, 2), (40, 3), (40, 6)]
+)
+def test_short_convolution_is_transformers(channels: int, taps: int) -> None:
+    """Qwen 3.5 has 4 taps; a base's config may say any other number."""
     import torch
 
     from finetune.engine.packed.gpu.short_convolution import (
@@ -147,7 +150,7 @@ def test_short_convolution_is_transformers(channels: int) -> None:
     torch.manual_seed(0)
     batch = packed_rows()
     layer = torch.nn.Conv1d(
-        channels, channels, 4, groups=channels, padding=3, bias=False
+        channels, channels, taps, groups=channels, padding=taps - 1, bias=False
     ).requires_grad_(False)
     weight = layer.weight[:, 0].contiguous()
     x = torch.randn(batch.input_ids.shape[1], channels).requires_grad_()
@@ -166,6 +169,37 @@ def test_short_convolution_is_transformers(channels: int) -> None:
 
     assert distance(computed, expected) < 1e-6
     assert distance(gradient, expected_gradient) < 1e-6
+
+
+@pytest.mark.parametrize("boundary", [1, 31, 32, 33, 60])
+def test_a_convolution_never_reaches_another_row(boundary: int) -> None:
+    """Not even numbers that are not finite, at any place in the tokens of a program."""
+    import torch
+
+    from finetune.engine.packed.gpu.short_convolution import (
+        short_convolution,
+        short_convolution_backward,
+    )
+
+    torch.manual_seed(0)
+    x, slope = torch.randn(2, 70, 40)
+    weight = torch.randn(40, 4)
+    positions = torch.cat([torch.arange(boundary), torch.arange(70 - boundary)])
+    for row, other in (
+        (slice(0, boundary), slice(boundary, 70)),
+        (slice(boundary, 70), slice(0, boundary)),
+    ):
+        changed_x, changed_slope = x.clone(), slope.clone()
+        changed_x[other] = changed_slope[other] = torch.nan
+        computed = short_convolution(changed_x, weight, positions)
+        gradient = short_convolution_backward(
+            changed_slope, changed_x, weight, positions
+        )
+        alone = x[row], weight, positions[row]
+        expected = short_convolution(*alone)
+        expected_gradient = short_convolution_backward(slope[row], *alone)
+        assert distance(computed[row], expected) < 1e-6
+        assert distance(gradient[row], expected_gradient) < 1e-6
 
 
 def distance(computed: "torch.Tensor", expected: "torch.Tensor") -> float:
