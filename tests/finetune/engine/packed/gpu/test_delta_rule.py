@@ -202,6 +202,65 @@ def test_a_convolution_never_reaches_another_row(boundary: int) -> None:
         assert distance(gradient[row], expected_gradient) < 1e-6
 
 
+@pytest.mark.parametrize("recompute_output", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 128), (37, 128), (21, 24), (3, 2500)]
+)
+def test_gated_norm_is_transformers(
+    rows: int, columns: int, recompute_output: bool
+) -> None:
+    """Heads of many to a program and larger than one, and the last program's rows."""
+    import torch
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
+
+    from finetune.engine.packed.gpu.gated_norm import gated_norm, gated_norm_backward
+    from finetune.engine.packed.gpu.rms_norm import RmsNorm
+
+    torch.manual_seed(0)
+    module = Qwen3_5RMSNormGated(columns, 1e-3).requires_grad_(False)
+    module.weight += 0.3 * torch.randn(columns)
+    norm = RmsNorm(module.weight, module.variance_epsilon, False)
+    x, gate, slope = torch.randn(3, rows, columns)
+    # Of different sizes, so that a row shows whose norm it has.
+    x *= torch.logspace(-2, 1, rows)[:, None]
+    inputs = x.requires_grad_(), gate.requires_grad_()
+    expected = module(*inputs)
+    expected_gradients = torch.autograd.grad(expected, inputs, slope)
+
+    x, gate = x.detach(), gate.detach()
+    assert distance(gated_norm(x, gate, norm), expected) < 1e-6
+    grad_output = slope.clone()
+    grad_x, output = gated_norm_backward(grad_output, x, gate, norm, recompute_output)
+
+    for gradient, its_expected in zip((grad_x, gate), expected_gradients, strict=True):
+        for its_row, its_expected_row in zip(gradient, its_expected, strict=True):
+            assert distance(its_row, its_expected_row) < 1e-5
+    if recompute_output:
+        assert output is grad_output
+        assert distance(output, expected) < 1e-6
+    else:
+        assert output is None
+        assert torch.equal(grad_output, slope)
+
+
+def test_gated_norm_rounds_as_transformers_does() -> None:
+    """In float16, as Triton's interpreter does not round to bfloat16."""
+    import torch
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
+
+    from finetune.engine.packed.gpu.gated_norm import gated_norm
+    from finetune.engine.packed.gpu.rms_norm import RmsNorm
+
+    torch.manual_seed(0)
+    module = Qwen3_5RMSNormGated(96).to(torch.float16).requires_grad_(False)
+    module.weight += 0.3 * torch.randn(96)
+    norm = RmsNorm(module.weight, module.variance_epsilon, False)
+    x, gate = torch.randn(2, 50, 96).to(torch.float16)
+    equal = gated_norm(x, gate, norm) == module(x, gate)
+    # Two roundings to 11 bits; the square root's last bits may move one of them.
+    assert equal.float().mean() > 0.99
+
+
 def distance(computed: "torch.Tensor", expected: "torch.Tensor") -> float:
     """How far results are from others, as a share of these."""
     return float((computed - expected).detach().norm() / expected.detach().norm())
