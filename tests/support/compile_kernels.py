@@ -36,6 +36,7 @@ MODULES = (
     "attention",
     "cross_entropy",
     "delta_rule",
+    "gated_norm",
     "gated_product",
     "lowrank",
     "rms_norm",

@@ -236,6 +236,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
         attention,
         cross_entropy,
         delta_rule,
+        gated_norm,
         gated_product,
         lowrank,
         rms_norm,
@@ -247,11 +248,11 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     from finetune.run.memory_costs import activation_elements, adapted_layers
 
     modules = (
-        *(adapted_gate, attention, cross_entropy, delta_rule, gated_product, lowrank),
-        *(rms_norm, rotary, short_convolution),
+        *(adapted_gate, attention, cross_entropy, delta_rule, gated_norm),
+        *(gated_product, lowrank, rms_norm, rotary, short_convolution),
     )
     for module in modules:
-        monkeypatch.setattr(module, "launch", lambda *_: None)
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
     monkeypatch.setattr(
         "finetune.engine.packed.backend_probe.failure", lambda *_, **__: None
     )  # it computes

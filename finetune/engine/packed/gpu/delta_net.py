@@ -8,21 +8,13 @@ from torch.nn.functional import softplus
 
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.delta_rule import DeltaRule
-from finetune.engine.packed.gpu.gated_product import (
-    gated_product,
-    gated_product_backward,
-)
+from finetune.engine.packed.gpu.gated_norm import gated_norm, gated_norm_backward
 from finetune.engine.packed.gpu.linear_group import linear_group
 from finetune.engine.packed.gpu.normalized_input import (
     InputActivations,
     NormalizedInput,
 )
-from finetune.engine.packed.gpu.rms_norm import (
-    RmsNorm,
-    read_norm,
-    rms_norm,
-    rms_norm_backward,
-)
+from finetune.engine.packed.gpu.rms_norm import RmsNorm, read_norm
 from finetune.engine.packed.gpu.short_convolution import (
     short_convolution,
     short_convolution_backward,
@@ -49,8 +41,6 @@ class DeltaNetActivations:
     """What the states' decays are computed from [tokens, value heads]."""
     output: torch.Tensor
     """Of the delta rule [tokens · value heads, columns of a head]."""
-    inverse_rms: torch.Tensor
-    """Of the norm of the output [tokens · value heads]."""
     shrunk_output: torch.Tensor | None
     """See `LinearGroup`."""
 
@@ -120,8 +110,7 @@ class DeltaNet:
         # Makes room.
         del qkv
         output = output.view(-1, self._rule.value_columns)
-        normalized, inverse_rms, _ = rms_norm(output, self._norm)
-        gated = gated_product(gate.view(output.shape), normalized, "silu")
+        gated = gated_norm(output, gate.view(output.shape), self._norm)
         (total,), shrunk_output = self._output.forward(
             gated.view(len(x), -1), context, residual=residual
         )
@@ -132,7 +121,6 @@ class DeltaNet:
             rates=rates,
             decays=decays,
             output=output,
-            inverse_rms=inverse_rms,
             shrunk_output=shrunk_output,
         )
         return total, activations
@@ -200,23 +188,17 @@ class DeltaNet:
         grad_gated, grad_shrunk = self._output.backward(
             [grad_output], activations.shrunk_output, context
         )
-        normalized, _, _ = rms_norm(output, self._norm)
-        gate = activations.gate.view(output.shape)
-        gated = gated_product_backward(
+        grad_rule, gated = gated_norm_backward(
             grad_gated.view(output.shape),
-            gate,
-            normalized,
-            "silu",
+            output,
+            activations.gate.view(output.shape),
+            self._norm,
             recompute_output=grad_shrunk is not None,
-            grad_gate=gate,
-            grad_up=normalized,
         )
         if gated is not None:
             joined = gated.view(len(grad_output), -1)
             self._output.backward_a(joined, grad_shrunk, context)
-        return rms_norm_backward(
-            normalized, output, self._norm, activations.inverse_rms, grad_x=normalized
-        )
+        return grad_rule
 
 
 def _sigmoid(values: torch.Tensor) -> torch.Tensor:

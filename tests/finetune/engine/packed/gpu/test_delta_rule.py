@@ -135,8 +135,11 @@ def test_padded_tables_change_nothing() -> None:
         assert torch.equal(exact[:tokens], padded[:tokens])
 
 
-@pytest.mark.parametrize("channels", [40, 200])
-def test_short_convolution_is_transformers(channels: int) -> None:
+@pytest.mark.parametrize(
+    ("channels", "taps"), [(40, 4), (200, 4), (40, 1), (40, 2), (40, 3), (40, 6)]
+)
+def test_short_convolution_is_transformers(channels: int, taps: int) -> None:
+    """Qwen 3.5 has 4 taps; a base's config may say any other number."""
     import torch
 
     from finetune.engine.packed.gpu.short_convolution import (
@@ -147,7 +150,7 @@ def test_short_convolution_is_transformers(channels: int) -> None:
     torch.manual_seed(0)
     batch = packed_rows()
     layer = torch.nn.Conv1d(
-        channels, channels, 4, groups=channels, padding=3, bias=False
+        channels, channels, taps, groups=channels, padding=taps - 1, bias=False
     ).requires_grad_(False)
     weight = layer.weight[:, 0].contiguous()
     x = torch.randn(batch.input_ids.shape[1], channels).requires_grad_()
@@ -166,6 +169,96 @@ def test_short_convolution_is_transformers(channels: int) -> None:
 
     assert distance(computed, expected) < 1e-6
     assert distance(gradient, expected_gradient) < 1e-6
+
+
+@pytest.mark.parametrize("boundary", [1, 31, 32, 33, 60])
+def test_a_convolution_never_reaches_another_row(boundary: int) -> None:
+    """Not even numbers that are not finite, at any place in the tokens of a program."""
+    import torch
+
+    from finetune.engine.packed.gpu.short_convolution import (
+        short_convolution,
+        short_convolution_backward,
+    )
+
+    torch.manual_seed(0)
+    x, slope = torch.randn(2, 70, 40)
+    weight = torch.randn(40, 4)
+    positions = torch.cat([torch.arange(boundary), torch.arange(70 - boundary)])
+    for row, other in (
+        (slice(0, boundary), slice(boundary, 70)),
+        (slice(boundary, 70), slice(0, boundary)),
+    ):
+        changed_x, changed_slope = x.clone(), slope.clone()
+        changed_x[other] = changed_slope[other] = torch.nan
+        computed = short_convolution(changed_x, weight, positions)
+        gradient = short_convolution_backward(
+            changed_slope, changed_x, weight, positions
+        )
+        alone = x[row], weight, positions[row]
+        expected = short_convolution(*alone)
+        expected_gradient = short_convolution_backward(slope[row], *alone)
+        assert distance(computed[row], expected) < 1e-6
+        assert distance(gradient[row], expected_gradient) < 1e-6
+
+
+@pytest.mark.parametrize("recompute_output", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 128), (37, 128), (21, 24), (3, 2500)]
+)
+def test_gated_norm_is_transformers(
+    rows: int, columns: int, recompute_output: bool
+) -> None:
+    """Heads of many to a program and larger than one, and the last program's rows."""
+    import torch
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
+
+    from finetune.engine.packed.gpu.gated_norm import gated_norm, gated_norm_backward
+    from finetune.engine.packed.gpu.rms_norm import RmsNorm
+
+    torch.manual_seed(0)
+    module = Qwen3_5RMSNormGated(columns, 1e-3).requires_grad_(False)
+    module.weight += 0.3 * torch.randn(columns)
+    norm = RmsNorm(module.weight, module.variance_epsilon, False)
+    x, gate, slope = torch.randn(3, rows, columns)
+    # Of different sizes, so that a row shows whose norm it has.
+    x *= torch.logspace(-2, 1, rows)[:, None]
+    inputs = x.requires_grad_(), gate.requires_grad_()
+    expected = module(*inputs)
+    expected_gradients = torch.autograd.grad(expected, inputs, slope)
+
+    x, gate = x.detach(), gate.detach()
+    assert distance(gated_norm(x, gate, norm), expected) < 1e-6
+    grad_output = slope.clone()
+    grad_x, output = gated_norm_backward(grad_output, x, gate, norm, recompute_output)
+
+    for gradient, its_expected in zip((grad_x, gate), expected_gradients, strict=True):
+        for its_row, its_expected_row in zip(gradient, its_expected, strict=True):
+            assert distance(its_row, its_expected_row) < 1e-5
+    if recompute_output:
+        assert output is grad_output
+        assert distance(output, expected) < 1e-6
+    else:
+        assert output is None
+        assert torch.equal(grad_output, slope)
+
+
+def test_gated_norm_rounds_as_transformers_does() -> None:
+    """In float16, as Triton's interpreter does not round to bfloat16."""
+    import torch
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
+
+    from finetune.engine.packed.gpu.gated_norm import gated_norm
+    from finetune.engine.packed.gpu.rms_norm import RmsNorm
+
+    torch.manual_seed(0)
+    module = Qwen3_5RMSNormGated(96).to(torch.float16).requires_grad_(False)
+    module.weight += 0.3 * torch.randn(96)
+    norm = RmsNorm(module.weight, module.variance_epsilon, False)
+    x, gate = torch.randn(2, 50, 96).to(torch.float16)
+    equal = gated_norm(x, gate, norm) == module(x, gate)
+    # Two roundings to 11 bits; the square root's last bits may move one of them.
+    assert equal.float().mean() > 0.99
 
 
 def distance(computed: "torch.Tensor", expected: "torch.Tensor") -> float:
