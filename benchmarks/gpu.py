@@ -128,8 +128,6 @@ def measure_side(
     arguments: argparse.Namespace, name: str, side: str, saving: bool, peak: float
 ) -> None:
     """Print the lines of a side, all on one base."""
-    # The others' attention is as PyTorch has it.
-    torch.backends.cuda.enable_cudnn_sdp(side != "ours")
     base = None
     all_slots = arguments.slots.split(",") if side == "ours" else ["1"]
     kinds = itertools.product(
