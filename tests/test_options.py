@@ -63,17 +63,17 @@ def test_every_reason_is_used_and_every_number_has_one() -> None:
     assert used == reasons
 
 
-def shown(quantizations: list[str]) -> str:
+def page_with(quantizations: list[str]) -> str:
     """The page without the columns of other quantizations."""
     lines = PAGE.read_text().splitlines(keepends=True)
     header = next(line for line in lines if line.startswith("|")).split("|")
-    kept = [
+    columns = [
         number
         for number, name in enumerate(header)
         if set(name.split()[1:]) <= set(quantizations)
     ]
     return "".join(
-        "|".join(line.split("|")[number] for number in kept)
+        "|".join(line.split("|")[number] for number in columns)
         if line.startswith("|")
         else line
         for line in lines
@@ -103,4 +103,6 @@ def test_each_cell_is_what_a_run_shows(
     command += ["--quantizations", ",".join(quantizations)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert made.read_text() == shown(quantizations), "run: python docs/make_options.py"
+    assert made.read_text() == page_with(quantizations), (
+        "run: python docs/make_options.py"
+    )

@@ -20,6 +20,7 @@ from finetune.engine.probes import (
     probe_ids,
 )
 from finetune.engine.sampling import RowSampler
+from finetune.model.device import without_cudnn_attention
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -255,16 +256,17 @@ def generate(
         arguments["past_key_values"] = cache
     if sampler is not None:
         arguments["logits_processor"] = [sampler]
-    return model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=padding,
-        eos_token_id=ends or None,
-        use_cache=use_cache,
-        **arguments,
-    )
+    with without_cudnn_attention():
+        return model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=padding,
+            eos_token_id=ends or None,
+            use_cache=use_cache,
+            **arguments,
+        )
 
 
 def compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> Comparison:

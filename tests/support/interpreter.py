@@ -10,7 +10,7 @@ def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a launch replace the functions of `triton.language` once for each module of kernels.
 
     The interpreter replaces them by NumPy's at each launch, and again whenever a kernel calls a
-    helper function, where nothing is left to replace (Triton 3.9, `runtime/interpreter.py`:
+    helper function, where nothing is left to replace (Triton 3.7, `runtime/interpreter.py`:
     `InterpretedFunction.__call__`). That search took half of a kernel's time.
     """
     from triton.runtime import interpreter

@@ -28,9 +28,14 @@ COLUMNS = 64
 BLOCKS = 8
 """How often a program does: it looks up its slot's adapters once."""
 
-STAGES = {16: 4, 32: 3, 64: 2}
-"""By the adapters' rank: blocks whose loads are under way at once, as many as the 99 KiB of shared
-memory of an RTX 4090 hold. With 2 in place of 4 the kernels take a quarter longer on an H200."""
+STAGES = {16: 4, 32: 3}
+"""By the adapters' rank: blocks whose loads are under way at once. With 2 in place of 4 the kernels
+take a quarter longer on an H200."""
+
+
+def are_worthwhile(tables: AdapterTables) -> bool:
+    """Whether these kernels are used: B of a larger rank is more to load than gate and up are."""
+    return tables.rank in STAGES
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def _shape(
     columns = triton.cdiv(gate.shape[1], COLUMNS * BLOCKS)
     grid = (columns, len(tables.tiles), tables.tile_tokens // tokens)
     constants = (
-        ACTIVATIONS[activation], tables.aligned, tables.rank, tokens, min(tables.rank, 64),
-        COLUMNS, BLOCKS, STAGES.get(tables.rank, 1),
+        ACTIVATIONS[activation], tables.aligned, tables.rank, tokens, tables.rank,
+        COLUMNS, BLOCKS, STAGES[tables.rank],
     )  # fmt: skip
     return grid, constants

@@ -9,6 +9,7 @@ from finetune.engine.packed.gpu.adapted_gate import (
     UnadaptedOutput,
     adapted_gate,
     adapted_gate_backward,
+    are_worthwhile,
 )
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.gated_product import (
@@ -35,8 +36,8 @@ class FeedForwardActivations:
     inputs: InputActivations
     gate_up: list[torch.Tensor]
     """Outputs of the gate and up layers [tokens, intermediate_size], or of the one that computes
-    both [tokens, 2 · intermediate_size], without their adapters' contributions; the backward pass
-    overwrites them by their gradients."""
+    both [tokens, 2 · intermediate_size], without the contributions of `_pending_shrunk`; the
+    backward pass overwrites them by their gradients."""
     shrunk_down: torch.Tensor | None
     """See `LinearGroup`."""
     output_norm: OutputNormActivations | None
@@ -96,8 +97,12 @@ class FeedForward:
         skips_product = recompute and self._output_norm.norm is None
         # The copy of x is where the sum is built: a recomputed layer has none.
         gate_up, residual, inputs = self._gate_up.forward(
-            x, context, copy_input=not skips_product, add_adapters=False
+            x,
+            context,
+            copy_input=not skips_product,
+            add_adapters=not are_worthwhile(context.adapters),
         )
+        pending = _pending_shrunk(inputs, context)
         total = None
         shrunk_down = None
         output_norm = None
@@ -105,12 +110,12 @@ class FeedForward:
         if residual is not None:
             total, shrunk_down, output_norm = self._output_norm.forward(
                 self._down,
-                self._product(gate_up, inputs.shrunk, context),
+                self._product(gate_up, pending, context),
                 residual,
                 context,
             )
         elif self._down.is_adapted(context):
-            product = self._product(gate_up, inputs.shrunk, context)
+            product = self._product(gate_up, pending, context)
             shrunk_down = self._down.shrink(product, context)
         activations = FeedForwardActivations(
             inputs=inputs,
@@ -123,12 +128,12 @@ class FeedForward:
     def _product(
         self,
         gate_up: list[torch.Tensor],
-        shrunk: torch.Tensor | None,
+        pending: torch.Tensor | None,
         context: PassContext,
     ) -> torch.Tensor:
-        if shrunk is None:
+        if pending is None:
             return gated_product(*_split(gate_up), self._activation)
-        gate, up = self._unadapted(gate_up, shrunk)
+        gate, up = self._unadapted(gate_up, pending)
         return adapted_gate(gate, up, context.adapters, self._activation)
 
     def _unadapted(
@@ -160,15 +165,15 @@ class FeedForward:
             The gradient of x [tokens, hidden_size].
         """
         grad_sum = self._output_norm.backward(grad_output, activations.output_norm)
-        shrunk = activations.inputs.shrunk
+        pending = _pending_shrunk(activations.inputs, context)
         grad_product, grad_shrunk = self._down.backward(
             [grad_sum],
             activations.shrunk_down,
             context,
-            through_adapters=shrunk is None,
+            through_adapters=pending is None,
         )
         product = self._backward_product(
-            grad_product, grad_shrunk, activations.gate_up, shrunk, context
+            grad_product, grad_shrunk, activations.gate_up, pending, context
         )
         # The down layer's A gets its gradient from the product; nothing else needs it again.
         self._down.backward_a(product, grad_shrunk, context)
@@ -185,14 +190,14 @@ class FeedForward:
         grad_product: torch.Tensor,
         grad_shrunk: torch.Tensor | None,
         gate_up: list[torch.Tensor],
-        shrunk: torch.Tensor | None,
+        pending: torch.Tensor | None,
         context: PassContext,
     ) -> torch.Tensor | None:
         """Turn gate and up into their gradients, and return their product if A's gradient needs it.
 
         The product takes the place of its gradient.
         """
-        if shrunk is None:
+        if pending is None:
             gate, up = _split(gate_up)
             return gated_product_backward(
                 grad_product,
@@ -206,13 +211,23 @@ class FeedForward:
         adapted_gate_backward(
             grad_product,
             # Where no adapter is on the down layer, the kernel does not read it.
-            shrunk[0] if grad_shrunk is None else grad_shrunk[0],
+            pending[0] if grad_shrunk is None else grad_shrunk[0],
             self._down.table_row,
-            *self._unadapted(gate_up, shrunk),
+            *self._unadapted(gate_up, pending),
             context.adapters,
             self._activation,
         )
         return grad_product
+
+
+def _pending_shrunk(
+    inputs: InputActivations, context: PassContext
+) -> torch.Tensor | None:
+    """`shrunk` of gate and up, where their contributions are left to the gate's kernels.
+
+    None: there are no contributions, or the outputs have them.
+    """
+    return inputs.shrunk if are_worthwhile(context.adapters) else None
 
 
 def _split(gate_up: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """The GPU's kernels, by Triton's interpreter on the CPU, against PyTorch's own operations."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pytest
@@ -174,7 +175,12 @@ class Case:
     Nothing adapts the first.
     """
 
-    def __init__(self, dropout: float, widths: tuple[int, int] = WIDTHS) -> None:
+    def __init__(
+        self,
+        dropout: float,
+        widths: tuple[int, int] = WIDTHS,
+        parts: "Sequence[tuple[int, int, tuple[int, int]]]" = PARTS,
+    ) -> None:
         import torch
 
         from finetune.engine.packed.gpu.adapter_tables import (
@@ -186,12 +192,12 @@ class Case:
         from finetune.engine.packed.lora_linear import Adapter, SlotTokens
 
         torch.manual_seed(0)
-        self.x = draw(PARTS[-1][1], widths[0])
-        self.slopes = [draw(PARTS[-1][1], widths[1]) for _ in range(2)]
+        self.x = draw(parts[-1][1], widths[0])
+        self.slopes = [draw(parts[-1][1], widths[1]) for _ in range(2)]
         self.adapters: list[list[Adapter]] = [[], []]
         self.stretches: list[list[SlotTokens]] = [[], []]
         tables, rows = [], []
-        for number, (start, stop, ranks) in enumerate(PARTS):
+        for number, (start, stop, ranks) in enumerate(parts):
             table = torch.zeros(3, COLUMNS, dtype=torch.int64)
             for layer, rank in enumerate(ranks):
                 if rank:
@@ -289,14 +295,26 @@ def test_gate_with_adapters_is_the_gated_product_of_the_sums(
         adapted_gate,
         adapted_gate_backward,
     )
+    from finetune.engine.packed.gpu.adapter_tables import AdapterSpan, _tile_rows
     from finetune.engine.packed.gpu.gated_product import (
         gated_product,
         gated_product_backward,
     )
 
-    columns = 136
+    # More than a program has at once, as the tokens of the tiles.
+    columns = 520
     outputs = 2 * columns if is_joined else columns
-    case = Case(dropout, (columns, outputs))
+    # Ranks for which the kernels are used.
+    parts = (
+        (0, 70, (5, 3)),
+        (70, 139, (0, 0)),
+        (139, 150, (16, 0)),
+        (150, 167, (30, 24)),
+    )
+    case = Case(dropout, (columns, outputs), parts)
+    spans = [AdapterSpan(*stretch, 0, 0.0) for *stretch, _ in parts]
+    case.tables.tile_tokens = 64
+    case.tables.tiles = _tile_rows(spans, 64)
     tokens = len(case.x)
     shrunk = lowrank.shrink(0.01 * case.x, case.tables, 1, 2)
     added = [
@@ -312,7 +330,7 @@ def test_gate_with_adapters_is_the_gated_product_of_the_sums(
         gate, up = draw(tokens, columns), draw(tokens, columns)
         places = [(0, 1, 0), (1, 2, 0)]
         sums = gate + added[0], up + added[1]
-    sums = tuple(part.contiguous() for part in sums)
+    sums = tuple(total.contiguous() for total in sums)
     slope, grad_shrunk = draw(tokens, columns), draw(tokens, case.tables.rank)
     through_a = lowrank.shrink_backward(grad_shrunk[None], case.tables, 2, columns)
     expected = [torch.empty_like(slope) for _ in range(2)]
