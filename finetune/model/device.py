@@ -37,7 +37,7 @@ def without_cudnn_attention() -> Iterator[None]:
 
     cuDNN plans its attention anew for each number of keys, which takes 40 ms a token.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield

@@ -11,7 +11,8 @@ from finetune.engine.packed.requests import ForwardBackward
 
 def test_ranks_of_layers_and_noise_are_those_of_autograd(tiny: Tiny) -> None:
     overrides = (
-        ("+lora.extra.rank_pattern={q_proj:2,gate_proj:24}", "lora.r=8"),
+        # More than 32: the gate's kernels leave the adapters to their own.
+        ("+lora.extra.rank_pattern={q_proj:2,gate_proj:40}", "lora.r=8"),
         (
             "lora.target_modules=[q_proj,up_proj]",
             "+lora.extra.layers_to_transform=[1]",
