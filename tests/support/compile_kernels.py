@@ -28,6 +28,8 @@ from finetune.app import compose_run
 from finetune.config.schema import RunConfig
 from finetune.engine.packed import backend_probe
 from finetune.engine.packed.bank import Bank
+from finetune.engine.packed.gpu import adapter_tables
+from finetune.engine.packed.gpu.adapter_tables import MANY_TOKENS
 from finetune.engine.packed.gpu.decoder import Decoder
 from finetune.engine.packed.requests import Evaluate, ForwardBackward
 
@@ -129,16 +131,16 @@ def _run(architecture: str, head_dim: int) -> None:
     )
     bank = Bank(base, config, Decoder(base, gradient_checkpointing=True))
     rows = [{"input_ids": list(range(40)), "labels": list(range(40))}]
-    passes = [(8, rows)]
-    # The adapters' kernels are the same in all architectures. With 4,096 tokens their blocks are
-    # larger; kernels of other ranks need less memory.
+    # Tokens from which tiles are large, and rank. The adapters' kernels are the same in all
+    # architectures; those of ranks between these need less memory.
+    passes = [(MANY_TOKENS, 8)]
     if architecture == "llama":
-        many = 4096 // 40 + 1
-        passes += [(128, rows), (8, rows * many), (32, rows * many)]
-    for rank, some_rows in passes:
+        passes += [(MANY_TOKENS, 128), (0, 8), (0, 32), (0, 128)]
+    for many, rank in passes:
+        adapter_tables.MANY_TOKENS = many
         lora = dataclasses.replace(config.lora, r=rank)
         slot = bank.create_slot(lora, 0)
-        bank.forward_backward([ForwardBackward(slot, some_rows, 0.1, 1)])
+        bank.forward_backward([ForwardBackward(slot, rows, 0.1, 1)])
     bank.evaluate([Evaluate(slot, rows)])
 
 

@@ -15,6 +15,11 @@ where the layer has no adapter; 5: the adapter's number; 6: the bits of its scal
 unused, for rows of 64 bytes."""
 
 
+MANY_TOKENS = 4096
+"""Tokens of a pass from which tiles are large: few tokens make few tiles, and with small ones there
+are enough to keep a large GPU busy."""
+
+
 @dataclass(frozen=True)
 class AdapterSpan:
     """The tokens of one slot in a pass, and its dropout."""
@@ -92,8 +97,7 @@ class AdapterTables:
             size: What the tables are padded to; None: they are not.
         """
         tokens = size.tokens if size else max(span.stop for span in spans)
-        # Few tokens make few tiles: with small ones there are enough to keep a large GPU busy.
-        self.tile_tokens = 64 if tokens >= 4096 else 16
+        self.tile_tokens = 64 if tokens >= MANY_TOKENS else 16
         """Tokens of one program."""
         # `tl.dot` needs at least 16 columns, and Triton's blocks are powers of 2.
         largest_rank = max(table.rank for table in slot_tables)
