@@ -33,8 +33,8 @@ STAGES = {16: 4, 32: 3}
 take a quarter longer on an H200."""
 
 
-def are_worthwhile(tables: AdapterTables) -> bool:
-    """Whether these kernels are used: B of a larger rank is more to load than gate and up are."""
+def gate_adds_adapters(tables: AdapterTables) -> bool:
+    """Whether the gate's kernels add the contributions: B of a larger rank is more to load."""
     return tables.rank in STAGES
 
 

@@ -9,7 +9,7 @@ from finetune.engine.packed.gpu.adapted_gate import (
     UnadaptedOutput,
     adapted_gate,
     adapted_gate_backward,
-    are_worthwhile,
+    gate_adds_adapters,
 )
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.gated_product import (
@@ -100,7 +100,7 @@ class FeedForward:
             x,
             context,
             copy_input=not skips_product,
-            add_adapters=not are_worthwhile(context.adapters),
+            add_adapters=not gate_adds_adapters(context.adapters),
         )
         pending = _pending_shrunk(inputs, context)
         total = None
@@ -227,7 +227,7 @@ def _pending_shrunk(
 
     None: there are no contributions, or the outputs have them.
     """
-    return inputs.shrunk if are_worthwhile(context.adapters) else None
+    return inputs.shrunk if gate_adds_adapters(context.adapters) else None
 
 
 def _split(gate_up: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -281,8 +281,10 @@ def test_adapters_at_once_are_adapters_in_turn() -> None:
         assert float((one - other).norm() / other.norm()) < 1e-6
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("is_joined", [False, True])
+@pytest.mark.parametrize(
+    ("is_joined", "dropout"),
+    [(False, 0.5), (True, 0.0), *further((False, 0.0), (True, 0.5))],
+)
 def test_gate_with_adapters_is_the_gated_product_of_the_sums(
     is_joined: bool, dropout: float
 ) -> None:
