@@ -125,7 +125,7 @@ def _shape(
     columns = triton.cdiv(gate.shape[1], COLUMNS * BLOCKS)
     grid = (columns, len(tables.tiles), tables.tile_tokens // tokens)
     constants = (
-        ACTIVATIONS[activation], tables.aligned, tables.rank, tokens, tables.rank,
-        COLUMNS, BLOCKS, STAGES[tables.rank],
+        ACTIVATIONS[activation], tables.aligned, tables.rank, tokens, COLUMNS, BLOCKS,
+        STAGES[tables.rank],
     )  # fmt: skip
     return grid, constants

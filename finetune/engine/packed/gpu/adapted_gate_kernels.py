@@ -13,11 +13,27 @@ from finetune.engine.packed.gpu.lowrank_kernels import (
 
 
 @triton.jit
+def _load_adapted(
+    output, offsets, shrunk, b, rank, factor, span, table, tokens, features, token_mask,
+    column_mask,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of a layer's output with the slot's contribution to these output features."""
+    values = load_float32(output, offsets, token_mask[:, None] & column_mask[None, :])
+    # B's offsets do not depend on the width, which is that of A.
+    added = contribution(
+        shrunk, b, rank, factor, span, table, tokens, features, 0, token_mask, column_mask,
+        False, False, RANK, TOKENS, RANK, COLUMNS
+    )  # fmt: skip
+    return values + added
+
+
+@triton.jit
 def adapted_gate_kernel(
     product, gate, up, gate_shrunk, up_shrunk, gate_tables, up_tables, spans, tiles, table_stride,
     gate_stride, up_stride, width, gate_first, up_first,
     ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr,
-    RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """product = activation(gate) · up for a tile of tokens and some blocks of columns."""
     first, span, gate_table = load_tile(tiles, spans, gate_tables, table_stride)
@@ -38,17 +54,15 @@ def adapted_gate_kernel(
         columns = begin + block * COLUMNS + tl.arange(0, COLUMNS)
         column_mask = columns < width
         mask = token_mask[:, None] & column_mask[None, :]
-        g = load_float32(gate, rows * gate_stride + columns[None, :], mask)
-        g += contribution(
+        g = _load_adapted(
+            gate, rows * gate_stride + columns[None, :],
             gate_shrunk, gate_b, gate_rank, gate_factor, span, gate_table, tokens,
-            gate_first + columns, width, token_mask, column_mask,
-            False, False, RANK, TOKENS, RANK_BLOCK, COLUMNS
+            gate_first + columns, token_mask, column_mask, RANK, TOKENS, COLUMNS
         )  # fmt: skip
-        u = load_float32(up, rows * up_stride + columns[None, :], mask)
-        u += contribution(
+        u = _load_adapted(
+            up, rows * up_stride + columns[None, :],
             up_shrunk, up_b, up_rank, up_factor, span, up_table, tokens,
-            up_first + columns, width, token_mask, column_mask,
-            False, False, RANK, TOKENS, RANK_BLOCK, COLUMNS
+            up_first + columns, token_mask, column_mask, RANK, TOKENS, COLUMNS
         )  # fmt: skip
         product_offsets = rows * width + columns[None, :]
         store_rounded(product, product_offsets, activate(g, ACTIVATION)[0] * u, mask)
@@ -59,8 +73,7 @@ def adapted_gate_backward_kernel(
     grad_product, grad_shrunk, down_tables, gate, up, gate_shrunk, up_shrunk, gate_tables,
     up_tables, spans, tiles, table_stride, gate_stride, up_stride, width, gate_first, up_first,
     DROPOUT: tl.constexpr, ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
-    TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gate and up in their places, and the product in the place of its gradient."""
     first, span, gate_table = load_tile(tiles, spans, gate_tables, table_stride)
@@ -91,19 +104,17 @@ def adapted_gate_backward_kernel(
         grad += contribution(
             grad_shrunk, down_a, down_rank, down_factor, span, down_table, tokens,
             columns, width, token_mask, column_mask,
-            True, DROPOUT, RANK, TOKENS, RANK_BLOCK, COLUMNS
+            True, DROPOUT, RANK, TOKENS, RANK, COLUMNS
         )  # fmt: skip
-        g = load_float32(gate, gate_offsets, mask)
-        g += contribution(
-            gate_shrunk, gate_b, gate_rank, gate_factor, span, gate_table, tokens,
-            gate_first + columns, width, token_mask, column_mask,
-            False, False, RANK, TOKENS, RANK_BLOCK, COLUMNS
+        g = _load_adapted(
+            gate, gate_offsets, gate_shrunk, gate_b, gate_rank, gate_factor,
+            span, gate_table, tokens, gate_first + columns, token_mask, column_mask,
+            RANK, TOKENS, COLUMNS
         )  # fmt: skip
-        u = load_float32(up, up_offsets, mask)
-        u += contribution(
-            up_shrunk, up_b, up_rank, up_factor, span, up_table, tokens,
-            up_first + columns, width, token_mask, column_mask,
-            False, False, RANK, TOKENS, RANK_BLOCK, COLUMNS
+        u = _load_adapted(
+            up, up_offsets, up_shrunk, up_b, up_rank, up_factor,
+            span, up_table, tokens, up_first + columns, token_mask, column_mask,
+            RANK, TOKENS, COLUMNS
         )  # fmt: skip
         activated, derivative = activate(g, ACTIVATION)
         store_rounded(gate, gate_offsets, grad * u * derivative, mask)
