@@ -63,7 +63,8 @@ class WeightsHash:
 
     def _log_wait(self) -> None:
         """Say what a run waits for, if the weights are large."""
-        size = sum(file.stat().st_size for file in self._files)
+        # A file that is gone is the hash's error, once every thread has ended.
+        size = sum(file.stat().st_size for file in self._files if file.exists())
         if size > LOGGED_HASH_BYTES:
             folder = self._files[0].parent
             log.info("hashing %.1f GB of weights of %s", size / 1e9, folder)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,29 @@ def test_a_run_that_waits_for_the_hash_of_large_weights_says_so(
     assert caplog.messages == [line.format(folder=tmp_path) for line in lines]
 
 
-def test_weights_that_could_not_be_read_once_are_tried_again(tmp_path: Path) -> None:
-    from finetune.model.source import WeightsHash
+def test_weights_that_could_not_be_read_once_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.model import source
+
+    digest = source._file_digest
+
+    def late_digest(file: Path) -> bytes:
+        time.sleep(0.2)  # the hash is asked for before its threads have read anything
+        return digest(file)
 
     gone = tmp_path / "gone.safetensors"
-    weights = WeightsHash([gone])
-    for _ in range(2):
-        with pytest.raises(FileNotFoundError):
-            weights.hexdigest()
+    with monkeypatch.context() as late:
+        late.setattr(source, "_file_digest", late_digest)
+        weights = source.WeightsHash([gone])
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError):
+                weights.hexdigest()
+        # Half written: a thread that still ran would take this for the whole file.
+        gone.touch()
+        time.sleep(0.3)
     gone.write_bytes(b"back")
-    assert weights.hexdigest() == WeightsHash([gone]).hexdigest()
+    assert weights.hexdigest() == source.WeightsHash([gone]).hexdigest()
 
 
 def test_a_base_with_a_file_that_cant_be_read_is_refused_at_once(
