@@ -3,7 +3,7 @@ published models' shapes.
 
     python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16,auto]
                              [--shapes llama2_7b,…] [--length short,long,turns]
-                             [--checkpointing off,on] [--lora q_v,all_linear] [--quantization nf4]
+                             [--checkpointing off,on,partial] [--lora q_v,all_linear] [--quantization nf4]
                              [--memory GIB] [--gpus N] [--busy] [--tiny]
 
 The base has random weights in NF4 (or nf4_double, as Unsloth always has it), products are in
@@ -17,7 +17,7 @@ do, and at least 48 are measured. `q_v` is r 64 with dropout 0.1, `all_linear` r
 that can be made of it: Liger's kernels, and no padding, with PyTorch's attention within boundaries
 put in for flash-attn. `unsloth` runs where Unsloth is installed, and alone, as it changes the
 other libraries. The share of the roofline is of this GPU's rate for a bfloat16 matrix product, at
-4 operations a weight and token (6 with checkpointing). `--memory` lets no more than so many GiB be
+4 operations a weight and token (6 with checkpointing on). `--memory` lets no more than so many GiB be
 used of each GPU. `--gpus` spreads the base over so many: `ours` as a pipeline, for `trl` and `best`
 by accelerate's `dispatch_model`, as transformers does it by its device map. `--busy` profiles some
 more steps of `ours`: how long a step takes, how long the GPU computes of that, in ms, and how often
@@ -63,6 +63,14 @@ STEPS_RECORDED = 48
 
 PROFILED = 3
 """Steps that `--busy` profiles."""
+
+Checkpointing = bool | str
+CHECKPOINTING: dict[str, Checkpointing] = {
+    "off": False,
+    "on": True,
+    "partial": "partial",
+}
+"""Values of `trainer.gradient_checkpointing`; for other sides than `ours`, partial is on."""
 
 UNCUT = ("eval_fraction=0", "test_fraction=0", "max_length=null")
 LORA = {
@@ -121,11 +129,15 @@ def main() -> None:
     for name in arguments.shapes.split(","):
         for side in arguments.sides.split(","):
             for checkpointing in arguments.checkpointing.split(","):
-                measure_side(arguments, name, side, checkpointing == "on", peak)
+                measure_side(arguments, name, side, CHECKPOINTING[checkpointing], peak)
 
 
 def measure_side(
-    arguments: argparse.Namespace, name: str, side: str, saving: bool, peak: float
+    arguments: argparse.Namespace,
+    name: str,
+    side: str,
+    saving: Checkpointing,
+    peak: float,
 ) -> None:
     """Print the lines of a side, all on one base."""
     base = None
@@ -171,7 +183,7 @@ class Case:
         side: str,
         lora: str,
         length: str,
-        saving: bool,
+        saving: Checkpointing,
         slots: str,
         quantization: str,
         steps: int,
@@ -182,6 +194,7 @@ class Case:
         self.gpus = gpus
         self.busy = busy and side == "ours"
         tiny = name == "tiny"
+        self.saving: Checkpointing
         self.side, self.lora, self.length, self.saving, self.quantization = (
             side,
             lora,
@@ -271,7 +284,10 @@ class Case:
         from finetune.model.memory import peak_memory_bytes
 
         free()
-        line = f"| {self.name} | {self.side} | {self.length} | {self.lora} | {'on' if self.saving else 'off'} | {self.slots} |"
+        (saved,) = (
+            word for word, value in CHECKPOINTING.items() if value is self.saving
+        )
+        line = f"| {self.name} | {self.side} | {self.length} | {self.lora} | {saved} | {self.slots} |"
         try:
             run = {"ours": ours, "unsloth": unsloth}.get(self.side, trl)
             rate, weights = run(base, self)
@@ -281,7 +297,7 @@ class Case:
             print(f"{line} out of memory | | | {self.planned} |", flush=True)
             return
         memory = peak_memory_bytes() / 2**30 if GPU else 0.0
-        share = rate * (6 if self.saving else 4) * weights / peak
+        share = rate * (6 if self.saving is True else 4) * weights / peak
         print(
             f"{line} {rate:.0f} | {share:.0%} | {memory:.1f} | {self.planned} |{self.profiled}",
             flush=True,
@@ -529,7 +545,7 @@ def train(model: Any, case: Case, arguments: dict[str, Any]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             output_dir=folder, max_steps=case.steps + case.warm, bf16=GPU, use_cpu=not GPU,
-            per_device_train_batch_size=4, gradient_accumulation_steps=1, gradient_checkpointing=case.saving,
+            per_device_train_batch_size=4, gradient_accumulation_steps=1, gradient_checkpointing=bool(case.saving),
             optim="adamw_torch_fused", learning_rate=1e-4,
             logging_steps=100, report_to="none", save_strategy="no", max_length=None, seed=SEED,
             dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True, **arguments,

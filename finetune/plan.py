@@ -185,6 +185,7 @@ def _to_dict(
             "logits": fullest.activations.logits,
             "evaluation": fullest.activations.evaluating,
         },
+        "need": plan.need(),
         "peak": plan.peak(),
         "available": plan.available,
         "gpus": plan.gpus,
@@ -220,6 +221,9 @@ def _print_memory(plan: "Plan", method: str) -> None:
             print(f"{name:32}{size / GIB:8.2f} GiB")
     peak = plan.peak() / GIB
     available = plan.available / GIB
+    more = peak - plan.need() / GIB
+    if more:
+        print(f"{'activations of more blocks':32}{more:8.2f} GiB, as memory allows")
     where = f" on the fullest of {plan.gpus} GPUs" if plan.gpus > 1 else ""
     print(f"{'peak of one run':32}{peak:8.2f} GiB of {available:.1f}{where}")
 

@@ -19,6 +19,9 @@ from finetune.model.host_memory import free_host_memory
 GIB = 2**30
 """Bytes of a gibibyte."""
 
+USABLE = 0.9
+"""Fraction of the memory that a run plans with."""
+
 
 def collect_garbage() -> None:
     """Collect unreachable objects, and return freed host memory to the system."""

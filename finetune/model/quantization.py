@@ -90,7 +90,7 @@ def should_dequantize(weights: int, config: RunConfig) -> bool:
     """
     if not config.quantization.load_in_4bit:
         return False
-    if on_gpu() and config.trainer.gradient_checkpointing is True:
+    if on_gpu() and config.trainer.checkpointing:
         return False
     dtype = compute_dtype(config.quantization)
     dequantized_bytes = dtype.itemsize * weights

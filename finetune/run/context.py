@@ -34,6 +34,6 @@ class RunContext:
     slots: int = 1
     """How many runs may train together, this one included."""
     checkpointed_bases: Sequence[object] = ()
-    """Keys (`base_key`) of bases on which `trainer.gradient_checkpointing=auto` means true."""
+    """Keys (`base_key`) of bases on which `trainer.gradient_checkpointing=auto` means partial."""
     packed_with: set[str] = field(default_factory=set)
     """Names of the runs that have trained together with this one, filled in by the pack."""

@@ -239,7 +239,7 @@ def _count(
     """Count a batch of which each layer keeps `stored`; with checkpointing, only its input."""
     # The last norm's input too.
     inputs = (base.layers + 1) * tokens * base.layer.hidden * base.element
-    if config.trainer.gradient_checkpointing is True:
+    if config.trainer.checkpointing:
         # The layer whose backward pass runs has computed its activations again.
         return inputs, stored + passing, head
     return base.layers * stored + inputs // (base.layers + 1), passing, head

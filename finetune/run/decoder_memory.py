@@ -2,13 +2,18 @@
 
 A layer keeps the inputs of its norms, its queries, keys and values, attention's output, the gate's
 inputs, and the inputs of those linear layers that have an adapter. With checkpointing it keeps its
-input alone, but for the last layers (`stored_blocks`).
+input alone, but for the last layers (`engine.packed.gpu.stored_blocks`).
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import RunConfig
+from finetune.engine.packed.gpu.stored_blocks import (
+    BlockMemory,
+    fewest_stored,
+    most_stored,
+)
 from finetune.model.decoder_blocks import (
     DECODER_BLOCKS,
     DecoderBlock,
@@ -56,9 +61,7 @@ class RecordedMemory:
     @classmethod
     def read(cls, shapes: Any, element_bytes: int) -> "RecordedMemory":
         """Read the sizes from a base's text config."""
-        first = widths_by_layer(shapes)[0]
-        columns = 2 * (first.queries + first.keys) + 3 * first.inner
-        return cls(first.hidden * element_bytes, first.hidden * columns)
+        return cls(shapes.hidden_size * element_bytes, block_weight_count(shapes))
 
     def size(self, tokens: float) -> int:
         """The bytes of passes of so many tokens, 0 where they are not recorded."""
@@ -70,11 +73,76 @@ class RecordedMemory:
         return int(2 * tokens * self.hidden_bytes) + WORKSPACES
 
 
+@dataclass(frozen=True)
+class StoredMemory:
+    """What more blocks take that keep their activations where memory allows."""
+
+    peak_bytes: tuple[int, ...]
+    """Of a token at the peak of a pass, by how many layers keep their activations."""
+    layer_bytes: int
+    """Of a token's activations in the first layer."""
+    input_bytes: int
+    """Of a token's input of a layer."""
+    weight_bytes: int
+    """Of a layer, dequantised."""
+
+    @classmethod
+    def read(
+        cls, shapes: Any, config: RunConfig, targets: set[str], element_bytes: int
+    ) -> "StoredMemory | None":
+        """Read the sizes from a base's text config; None: memory decides nothing.
+
+        Args:
+            shapes: The base's text config.
+            config: The run's config.
+            targets: Names of the adapted layers.
+            element_bytes: Bytes of an element.
+        """
+        if config.trainer.gradient_checkpointing != "partial":
+            return None
+        layers = _layer_elements(shapes, config, targets)
+        peaks = []
+        for layer_count in range(len(layers) + 1):
+            stored, passing, _ = decoder_elements(shapes, config, targets, layer_count)
+            peaks.append(element_bytes * (stored + passing))
+        return cls(
+            peak_bytes=tuple(peaks),
+            layer_bytes=element_bytes * layers[0],
+            input_bytes=element_bytes * shapes.hidden_size,
+            weight_bytes=element_bytes * block_weight_count(shapes),
+        )
+
+    def more(self, slots: int, tokens: float, usable: float) -> int:
+        """Return the bytes that they take beyond those of the fewest blocks.
+
+        Args:
+            slots: Slots of a pass.
+            tokens: In the pass.
+            usable: Bytes for all that the pass allocates.
+        """
+        layers = len(self.peak_bytes) - 1
+        block = BlockMemory(
+            activations=int(tokens * self.layer_bytes),
+            block_input=int(tokens * self.input_bytes),
+            weights=self.weight_bytes,
+        )
+        most = most_stored(layers, slots, block, int(usable))
+        fewest = fewest_stored(layers, slots)
+        return int(tokens * (self.peak_bytes[most] - self.peak_bytes[fewest]))
+
+
+def block_weight_count(shapes: Any) -> int:
+    """Return the weights of the linear layers of the first block."""
+    first = widths_by_layer(shapes)[0]
+    columns = 2 * (first.queries + first.keys) + 3 * first.inner
+    return first.hidden * columns
+
+
 def decoder_elements(
     shapes: Any,
     config: RunConfig,
     targets: set[str],
-    slots: int,
+    stored_layers: int,
     blocks: range | None = None,
 ) -> tuple[int, int, int]:
     """Count the elements of each token.
@@ -83,37 +151,25 @@ def decoder_elements(
         shapes: The base's text config.
         config: The run's config.
         targets: Names of the adapted layers.
-        slots: How many slots train together.
+        stored_layers: How many layers keep their activations.
         blocks: On the GPU; None: all.
 
     Returns:
         What the forward pass keeps for the backward pass, what that needs within it, and what
         evaluation needs.
     """
-    from finetune.engine.packed.gpu.blocks import stored_blocks
-
     widths = widths_by_layer(shapes)
-    block = DECODER_BLOCKS[shapes.model_type]
     adapters = _Adapters(config.lora.largest_rank, targets)
     delta_nets = _DeltaNets.read(shapes)
-    inputs = _PerLayerInputs.read(shapes, block)
-    layers = []
-    for number, layer in enumerate(widths):
-        if delta_nets is not None and delta_nets.replaces_attention[number]:
-            attention = delta_nets.elements(layer, adapters)
-        else:
-            attention = _attention_elements(layer, adapters, block)
-        feed_forward = _feed_forward_elements(layer, adapters, block)
-        layers.append(attention + feed_forward + inputs.of_layer(layer, adapters))
+    inputs = _PerLayerInputs.read(shapes, DECODER_BLOCKS[shapes.model_type])
+    layers = _layer_elements(shapes, config, targets)
     largest = max(layers)
     hidden = widths[0].hidden
     inner = max(layer.inner for layer in widths)
     throughout = inputs.throughout(adapters) + _shared_heads(shapes, widths)
     # One layer at a time.
     evaluating = largest + hidden + inner + throughout
-    recomputed = 0
-    if config.trainer.gradient_checkpointing is True:
-        recomputed = len(layers) - stored_blocks(len(layers), slots)
+    recomputed = len(layers) - stored_layers
     here = blocks or range(len(layers))
     stored = layers[max(here.start, recomputed) : here.stop]
     # Within most layers, the forward and backward pass of the gate are the widest; of layers that
@@ -130,6 +186,23 @@ def decoder_elements(
         passing = max(passing, of_delta_net - sum(stored))
     layer_inputs = (len(here) - len(stored)) * hidden
     return layer_inputs + sum(stored) + throughout, passing, evaluating
+
+
+def _layer_elements(shapes: Any, config: RunConfig, targets: set[str]) -> list[int]:
+    """What each layer keeps."""
+    block = DECODER_BLOCKS[shapes.model_type]
+    adapters = _Adapters(config.lora.largest_rank, targets)
+    delta_nets = _DeltaNets.read(shapes)
+    inputs = _PerLayerInputs.read(shapes, block)
+    layers = []
+    for number, layer in enumerate(widths_by_layer(shapes)):
+        if delta_nets is not None and delta_nets.replaces_attention[number]:
+            attention = delta_nets.elements(layer, adapters)
+        else:
+            attention = _attention_elements(layer, adapters, block)
+        feed_forward = _feed_forward_elements(layer, adapters, block)
+        layers.append(attention + feed_forward + inputs.of_layer(layer, adapters))
+    return layers
 
 
 def _attention_elements(
@@ -269,7 +342,7 @@ def block_weights(shapes: Any, config: RunConfig) -> int:
 
     They are kept from the block's second forward pass to its backward pass.
     """
-    checkpointing = config.trainer.gradient_checkpointing is True
+    checkpointing = bool(config.trainer.checkpointing)
     if not (checkpointing and config.quantization.load_in_4bit):
         return 0
     block = DECODER_BLOCKS[shapes.model_type]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from finetune.run.decoder_memory import RecordedMemory
+from finetune.run.decoder_memory import RecordedMemory, StoredMemory
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,25 @@ class DeviceMemory:
     """Dequantised weights of one block, kept where several slots train with checkpointing."""
     recorded: RecordedMemory | None
     """Of recorded passes; None: there are none."""
+    stored: StoredMemory | None
+    """Of blocks that keep their activations where memory allows; None: there are none."""
 
-    def peak(self, slots: int, group: int, tokens: float, group_tokens: float) -> int:
-        """Return the most bytes that slots need at once, while they train or evaluate.
+    def peak(
+        self,
+        slots: int,
+        group: int,
+        tokens: float,
+        group_tokens: float,
+        limit: float = 0,
+    ) -> int:
+        """Return the most bytes at once, while slots train or evaluate.
 
         Args:
             slots: That train or are evaluated.
             group: Of these, how many are computed together.
             tokens: In the largest passes of all slots.
             group_tokens: The same of one group: groups are in different blocks at a time.
+            limit: Bytes up to which blocks keep their activations; 0: the fewest blocks do.
         """
         activations = self.activations
         training = activations.single if group == 1 else activations.packed
@@ -73,9 +83,14 @@ class DeviceMemory:
         rows = all_tokens / self.batch_tokens
         if group > 1:
             rows += self.held
+        throughout = self.process + self.base + slots * (self.adapter + self.optimizer)
+        recorded = 0
         if self.recorded is not None:
-            rows += self.recorded.size(tokens)
+            recorded = self.recorded.size(tokens)
+        if recorded:
+            rows += recorded
+        elif self.stored is not None:
+            rows += self.stored.more(slots, tokens, limit - throughout)
         # Of several groups an upper bound: one at a time is in the blocks that are here.
         rows = max(rows, slots * activations.evaluating)
-        adapters = slots * (self.adapter + self.optimizer)
-        return int(self.process + self.base + activations.logits + adapters + rows)
+        return int(throughout + activations.logits + rows)

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.engine.packed.autograd_backend import AutogradBackend
+from finetune.engine.packed.gpu.stored_blocks import fewest_stored
 from finetune.model.architectures import logit_transform_of
 from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED, BaseQuantization
 from finetune.model.experts import router_layers
@@ -204,7 +205,7 @@ def activation_elements(
     A layer keeps the inputs of its norms, its queries, keys and values, attention's output, the
     gate's inputs, and the inputs of linear layers: with the GPU's own decoder only of those that
     have an adapter, and not the gate's product. With checkpointing it keeps its input alone, but
-    for the last layers (`stored_blocks`). Within a layer, the forward and backward pass of the gate
+    for the last layers (`fewest_stored`). Within a layer, the forward and backward pass of the gate
     are the widest.
 
     Args:
@@ -215,12 +216,15 @@ def activation_elements(
         base: The base without weights, for its experts; None: it has none.
         blocks: On the GPU; None: all.
     """
+    checkpointing = bool(config.trainer.checkpointing)
+    layers: int = shapes.num_hidden_layers
     if targets is not None:
-        return Elements(*decoder_elements(shapes, config, targets, slots, blocks))
-    checkpointing = config.trainer.gradient_checkpointing is True
+        stored = fewest_stored(layers, slots) if checkpointing else layers
+        return Elements(*decoder_elements(shapes, config, targets, stored, blocks))
     widths = read_widths(shapes, base)
     recurrent = recurrent_elements(shapes)
-    layers = shapes.num_hidden_layers if blocks is None else len(blocks)
+    if blocks is not None:
+        layers = len(blocks)
     return _autograd_elements(layers, widths, recurrent, checkpointing)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetune.config.schema import RunConfig
+from finetune.config.sections.trainer import Checkpointing
 from finetune.data.lengths import computed_length
 from finetune.data.token_file import Example
 from finetune.engine.optimizers import is_plain_adamw, state_bytes
@@ -42,7 +43,7 @@ from finetune.model.quantization import compute_dtype, require_bitsandbytes
 from finetune.model.quantized_layers import expert_weights
 from finetune.model.target_modules import modules_outside_language_model
 from finetune.run.cpu_activations import cpu_activations
-from finetune.run.decoder_memory import RecordedMemory, block_weights
+from finetune.run.decoder_memory import RecordedMemory, StoredMemory, block_weights
 from finetune.run.device_memory import Activations, DeviceMemory
 from finetune.run.expert_costs import expert_bytes, expert_shape
 from finetune.run.memory_costs import (
@@ -87,40 +88,40 @@ def resolve_checkpointing(
 ) -> RunConfig:
     """Decide `trainer.gradient_checkpointing=auto`.
 
-    It becomes true where the activations would not fit otherwise. Of TRL's runs, whose memory is
+    It becomes partial where the activations would not fit otherwise. Of TRL's runs, whose memory is
     not planned, it becomes false.
 
     Args:
         config: The run's config.
         engine: packed or trl.
         resources: Share rows and tokens.
-        checkpointed_bases: Keys (`base_key`) of bases on which it is true for all runs.
+        checkpointed_bases: Keys (`base_key`) of bases on which it is partial for all runs.
 
     Returns:
-        The config with true or false.
+        The config with partial or false.
     """
     if config.trainer.gradient_checkpointing != "auto":
         return config
     without = _with_checkpointing(config, False)
-    checkpointed = _with_checkpointing(config, True)
+    checkpointed = _with_checkpointing(config, "partial")
     if engine != "packed":
         return without
     if base_key(checkpointed) in checkpointed_bases:
-        log.info("trainer.gradient_checkpointing=true: as for all jobs on this base")
+        log.info("trainer.gradient_checkpointing=partial: as for all jobs on this base")
         return checkpointed
     if plan_memory(without, resources).largest:
         return without
     plan = plan_memory(checkpointed, resources)
     # It may fit although it leaves less free than plans do.
-    if plan.peak() > plan.available:
+    if plan.need() > plan.available:
         return without  # does not fit either way: slower training would gain nothing
     log.info(
-        "trainer.gradient_checkpointing=true: the activations would not fit otherwise"
+        "trainer.gradient_checkpointing=partial: the activations would not fit otherwise"
     )
     return checkpointed
 
 
-def _with_checkpointing(config: RunConfig, value: bool) -> RunConfig:
+def _with_checkpointing(config: RunConfig, value: Checkpointing) -> RunConfig:
     trainer = dataclasses.replace(config.trainer, gradient_checkpointing=value)
     return dataclasses.replace(config, trainer=trainer)
 
@@ -163,10 +164,11 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     largest = max(work.batches)
     targets = adapted_layers(adapted) if uses_decoder else None
     held = block_weights(shapes, config) * element_bytes if uses_decoder else 0
-    recorded = None
-    # What several GPUs compute is not recorded.
-    if uses_decoder and len(stages) == 1:
+    recorded = stored = None
+    # What several GPUs compute is not recorded, and their fewest blocks are stored.
+    if targets is not None and len(stages) == 1:
         recorded = RecordedMemory.read(shapes, element_bytes)
+        stored = StoredMemory.read(shapes, config, targets, element_bytes)
 
     def activations_of(stage: _Stage) -> Activations:
         if on_gpu():
@@ -201,6 +203,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
             batch_tokens=largest,
             held=held,
             recorded=recorded,
+            stored=stored,
         )
         for stage in stages
     ]

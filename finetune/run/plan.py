@@ -9,11 +9,8 @@ from finetune.config.schema import RunConfig
 from finetune.engine.packed.pipeline import GROUPS_PER_GPU, group_size
 from finetune.errors import ConfigError
 from finetune.model.device import on_gpu
-from finetune.model.memory import GIB
+from finetune.model.memory import GIB, USABLE
 from finetune.run.device_memory import DeviceMemory
-
-USABLE = 0.9
-"""Fraction of the memory that the plan may use."""
 
 BUSY_TOKENS = 10_000
 """Tokens in one pass that keep a GPU busy: more slots bring next to nothing
@@ -48,7 +45,7 @@ class Plan:
     @property
     def fullest(self) -> DeviceMemory:
         """The device that needs most for one slot."""
-        return max(self.devices, key=lambda device: self._peak_of(device, 1))
+        return max(self.devices, key=lambda device: self._peak_of(device, 1, limit=0))
 
     def tokens(self, slots: int) -> float:
         """Return the tokens in the largest pass of several slots.
@@ -68,26 +65,46 @@ class Plan:
         return statistics.fmean(self.batches), statistics.pstdev(self.batches)
 
     def peak(self, slots: int = 1) -> int:
-        """Return the most bytes that so many slots need at once, while they train or evaluate."""
-        return max(self._peak_of(device, slots) for device in self.devices)
+        """Return the most bytes at once while so many slots train or evaluate.
 
-    def _peak_of(self, device: DeviceMemory, slots: int) -> int:
+        With checkpointing on a GPU, blocks keep their activations as memory allows.
+        """
+        limit = USABLE * self.available
+        mean, _ = self._mean_and_deviation
+        typical = min(1.0, slots * mean / self.tokens(slots))
+        # A pass of fewer tokens may have room for one block more, and so take more memory.
+        shares = [typical + (1 - typical) * step / 8 for step in range(9)]
+        return max(
+            self._peak_of(device, slots, limit, share)
+            for device in self.devices
+            for share in shares
+        )
+
+    def need(self, slots: int = 1) -> int:
+        """Return the bytes without which so many slots can't train or evaluate."""
+        return max(self._peak_of(device, slots, limit=0) for device in self.devices)
+
+    def _peak_of(
+        self, device: DeviceMemory, slots: int, limit: float, share: float = 1
+    ) -> int:
+        """The peak of passes with a share of the tokens of the largest one."""
         group = group_size(slots, self.gpus)
-        return device.peak(slots, group, self.tokens(slots), self.tokens(group))
+        tokens = share * self.tokens(slots)
+        return device.peak(slots, group, tokens, share * self.tokens(group), limit)
 
     @property
     def further_slot(self) -> int:
         """The bytes that each further slot needs, where several are computed together."""
         # On several GPUs the mean of as many as there are groups: each group has one more.
         groups = 1 if self.gpus == 1 else GROUPS_PER_GPU * self.gpus
-        return (self.peak(3 * groups) - self.peak(2 * groups)) // groups
+        return (self.need(3 * groups) - self.need(2 * groups)) // groups
 
     @property
     def largest(self) -> int:
         """The number of slots that fit, at most 64; 0: not even one fits."""
         limit = USABLE * self.available
-        # The peak grows with the slots: those that fit are the first ones.
-        return sum(self.peak(slots) <= limit for slots in range(1, 65))
+        # The need grows with the slots: those that fit are the first ones.
+        return sum(self.need(slots) <= limit for slots in range(1, 65))
 
     @property
     def slots(self) -> int:
@@ -113,7 +130,7 @@ class Plan:
         }
         purpose = max(purposes, key=lambda name: purposes[name])
         key, advice = _advice(purpose, config)
-        need = f"the run needs {self.peak() / GIB:.1f} GiB"
+        need = f"the run needs {self.need() / GIB:.1f} GiB"
         share = f"most of it for {purpose} ({purposes[purpose] / GIB:.1f})"
         limit = f"of {self.available * USABLE / GIB:.1f} GiB"
         raise ConfigError(f"{key}: {need}, {share}, {limit}; {advice}")
@@ -131,6 +148,6 @@ def _advice(purpose: str, config: RunConfig) -> tuple[str, str]:
         return f"trainer.per_device_eval_batch_size={size}", "lower it"
     key = f"trainer.per_device_train_batch_size={trainer.per_device_train_batch_size}"
     advice = "lower it (and raise trainer.gradient_accumulation_steps)"
-    if trainer.gradient_checkpointing is not True:
+    if not trainer.checkpointing:
         advice += ", or trainer.gradient_checkpointing=true"
     return key, advice

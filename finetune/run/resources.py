@@ -326,7 +326,6 @@ def _log_loading(config: RunConfig) -> None:
 
 def base_key(config: RunConfig) -> object:
     """Return what a loaded base depends on; `trainer.extra` may make TRL patch it in place."""
-    checkpointing = config.trainer.gradient_checkpointing is True
     extra = {
         name: value
         for name, value in config.trainer.extra.items()
@@ -336,6 +335,6 @@ def base_key(config: RunConfig) -> object:
         config.model,
         config.quantization,
         config.trainer.gpus,
-        checkpointing,
+        config.trainer.checkpointing,
         extra,
     )

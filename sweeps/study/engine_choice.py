@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from finetune.config.sections.trainer import Checkpointing
 from sweeps.study.study import Study
 
 
@@ -13,7 +14,7 @@ class EngineChoice:
     """`packed` or `trl`."""
     slots: int
     """Number of trials that train together on one worker."""
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     """The value of `trainer.gradient_checkpointing` where the config leaves it to `auto`."""
 
 
@@ -36,5 +37,5 @@ def decide_engine(study: Study, choice: EngineChoice) -> EngineChoice:
     return EngineChoice(
         name=str(stored["engine"]),
         slots=int(stored["slots"]),
-        checkpointing=bool(stored.get("checkpointing", False)),
+        checkpointing=stored.get("checkpointing", False),
     )

@@ -110,8 +110,8 @@ def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineC
         # Slots that hold the neediest trial hold any other: the study keeps their number.
         neediest = max(of_base, key=memory_rank)
         slots, resolved = choose_slots(settings.slots, neediest)
-        has_checkpointing = resolved.trainer.gradient_checkpointing is True
-        choices.append(EngineChoice("packed", slots, has_checkpointing))
+        checkpointing = resolved.trainer.checkpointing
+        choices.append(EngineChoice("packed", slots, checkpointing))
     # Those that every base leaves memory for.
     return min(choices, key=lambda choice: choice.slots)
 

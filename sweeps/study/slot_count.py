@@ -53,7 +53,7 @@ def choose_job_slots(
 
     Returns:
         The number of slots, and the bases, by their `base_key`, on which
-        `trainer.gradient_checkpointing=auto` is true.
+        `trainer.gradient_checkpointing=auto` is partial.
     """
     packed = [config for config in configs if config.trainer.engine != "trl"]
     fixed_count = slots if isinstance(slots, int) else 1
@@ -78,7 +78,7 @@ def choose_job_slots(
         planned.add(kind)
         count, resolved = plan
         counts.append(count)
-        if checkpointing == "auto" and resolved.trainer.gradient_checkpointing is True:
+        if checkpointing == "auto" and resolved.trainer.checkpointing:
             checkpointed_bases.append(base_key(resolved))
     return min(counts, default=fixed_count), checkpointed_bases
 

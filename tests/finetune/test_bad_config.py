@@ -204,7 +204,7 @@ CONFIG = [
     Case(
         "checkpointing",
         "trainer.gradient_checkpointing=maybe",
-        "trainer.gradient_checkpointing=maybe: must be true or false or auto",
+        "trainer.gradient_checkpointing=maybe: must be true or false or partial or auto",
     ),
     Case(
         "optimizer",

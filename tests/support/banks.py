@@ -5,8 +5,8 @@ from typing import Any
 from finetune.config.schema import RunConfig
 
 
-def load_bank(config: RunConfig, saves: bool | None) -> Any:
-    """Load a config's base with the decoder; it keeps activations as `saves` says. None: with
+def load_bank(config: RunConfig, saves: Any) -> Any:
+    """Load a config's base with the decoder, whose `gradient_checkpointing` is `saves`. None: with
     autograd."""
     from finetune.engine.packed.bank import Bank
     from finetune.engine.packed.gpu.decoder import Decoder

@@ -19,8 +19,8 @@ from finetune.config.schema import RunConfig
 from finetune.exit_codes import INTERRUPTED
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import checkpoints_in
+from finetune.model.memory import USABLE
 from finetune.run.memory_plan import plan_memory, resolve_checkpointing
-from finetune.run.plan import USABLE
 from finetune.run.resources import SharedResources, base_key
 from finetune.run.run import run
 from sweeps.study.slot_count import choose_job_slots
@@ -340,7 +340,8 @@ finetune.run.memory_plan.available_memory = lambda gpus: {int(memory)}
         place = tmp_path / "jobs" / "trials" / str(number)
         assert final(place)["status"] == "completed"
         assert (
-            "trainer.gradient_checkpointing=true" in (place / "train.log").read_text()
+            "trainer.gradient_checkpointing=partial"
+            in (place / "train.log").read_text()
         )
 
 
@@ -354,7 +355,7 @@ def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
     )
     kept, saved = (
         tiny(*MULTIRUN, wide, f"trainer.gradient_checkpointing={saves}")
-        for saves in ("false", "true")
+        for saves in ("false", "partial")
     )
     between = (
         sum(plan_memory(config, resources).peak() for config in (kept, saved))

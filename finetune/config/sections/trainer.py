@@ -11,6 +11,9 @@ KEEPS_BASE = {
 }  # fmt: skip
 """Arguments in `trainer.extra` that concern a run alone, not its base; both engines have them."""
 
+Checkpointing = bool | Literal["partial"]
+"""Values of `trainer.gradient_checkpointing` once it is decided."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings(Section):
@@ -37,9 +40,10 @@ class TrainerSettings(Section):
     gradient_accumulation_steps: int
     """Batches in one optimizer step."""
 
-    gradient_checkpointing: bool | Literal["auto"]
+    gradient_checkpointing: Checkpointing | Literal["auto"]
     """Whether activations are computed again in the backward pass, which saves memory and takes
-    time; auto: where they would not fit otherwise."""
+    time; partial: with the project's kernels on one GPU only those for which there is no memory,
+    else as true; auto: false where all fit, else partial."""
 
     group_by_length: bool
     """Whether rows of similar length are put into the same batch."""
@@ -79,6 +83,13 @@ class TrainerSettings(Section):
     gpus: int | Literal["auto"] = "auto"
     """GPUs that the base is spread over, layer by layer, where it is larger than one; auto: one,
     and in a study `hydra.sweeper.gpus_per_worker`."""
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """`gradient_checkpointing`; false where `auto` is not decided yet."""
+        if self.gradient_checkpointing == "auto":
+            return False
+        return self.gradient_checkpointing
 
     def __post_init__(self) -> None:
         has_gpus = self.gpus == "auto" or self.gpus >= 1

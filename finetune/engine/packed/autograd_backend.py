@@ -145,9 +145,8 @@ class AutogradBackend:
             hidden = trace.hidden
             torch.autograd.backward(hidden, gradient.to(hidden.device))
 
-    def release_memory(self) -> bool:
+    def release_memory(self) -> None:
         """See `Backend.release_memory`: there is none."""
-        return False
 
     @staticmethod
     def score(

@@ -68,8 +68,12 @@ class Backend(Protocol):
             gradient: Gradient of the hidden states [answer tokens, hidden_size].
         """
 
-    def release_memory(self) -> bool:
-        """Let go of memory that only makes passes faster; return whether there was any."""
+    def release_memory(self) -> str | None:
+        """Let go of memory that only makes passes faster.
+
+        Returns:
+            The change, for users; None: there was none.
+        """
 
     def score(
         self,
@@ -139,4 +143,4 @@ def gpu_decoder(base: "PreTrainedModel", config: RunConfig) -> "Decoder | None":
         return None
     from finetune.engine.packed.gpu.decoder import Decoder
 
-    return Decoder(base, config.trainer.gradient_checkpointing is True)
+    return Decoder(base, config.trainer.checkpointing)

@@ -113,10 +113,9 @@ class Bank:
         self.shares_prefixes = not recurrent_layers(base)
         """Whether a common prefix of a batch's rows is computed once. The state of a recurrent
         layer runs through one sequence, so no two rows go on from a prefix."""
-        gradient_checkpointing = config.trainer.gradient_checkpointing is True
         # Made even beside the GPU decoder, because text generation needs the base's own modules:
         # the decoder has no cache of keys and values.
-        self._autograd = AutogradBackend(base, gradient_checkpointing)
+        self._autograd = AutogradBackend(base, bool(config.trainer.checkpointing))
         self.backend: Backend = backend or gpu_decoder(base, config) or self._autograd
         self._quantization = config.quantization
         self.slots_in_use = 0

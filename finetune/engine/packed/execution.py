@@ -18,7 +18,7 @@ class Execution:
     def __init__(
         self,
         compute: Callable[[Sequence[Any]], list[Response]],
-        release_memory: Callable[[], bool],
+        release_memory: Callable[[], str | None],
     ) -> None:
         """No limit has been met yet.
 
@@ -77,15 +77,16 @@ class Execution:
         return responses
 
     def _execute_once(self, requests: Sequence[Any]) -> list[Response | Exception]:
-        """Execute requests together; once more if memory that only makes passes faster helps."""
-        try:
-            return list(self._compute(requests))
-        except Exception as error:
-            can_release = is_out_of_memory_error(error) and self._release_memory()
-            if not can_release:
-                raise
-        log.warning(
-            "memory is short: passes are not recorded any more, which is slower"
-        )
-        free_memory()
-        return list(self._compute(requests))
+        """Execute requests together; again where memory only made passes faster."""
+        while True:
+            try:
+                return list(self._compute(requests))
+            except Exception as error:
+                change = None
+                if is_out_of_memory_error(error):
+                    change = self._release_memory()
+                if change is None:
+                    raise
+            # Outside of the except block, where the exception's frames hold no tensors.
+            log.warning("memory is short: %s, which is slower", change)
+            free_memory()

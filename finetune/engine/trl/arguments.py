@@ -84,7 +84,7 @@ def _batch_arguments(config: RunConfig, steps: int) -> dict[str, Any]:
         "per_device_eval_batch_size": trainer.per_device_eval_batch_size,
         "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
         "train_sampling_strategy": strategy,
-        _checkpointing_argument(): trainer.gradient_checkpointing,
+        _checkpointing_argument(): bool(trainer.checkpointing),
     }
 
 

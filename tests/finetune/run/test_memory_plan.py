@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from support.allocations import allocated
@@ -14,9 +14,9 @@ from support.documents import PAGE, described_keys
 from support.models import wide_base
 
 from finetune.config.schema import RunConfig
+from finetune.model.memory import USABLE
 from finetune.run.context import RunContext
 from finetune.run.memory_plan import plan_memory, resolve_checkpointing
-from finetune.run.plan import USABLE
 from finetune.run.resources import SharedResources
 from finetune.run.run import run
 
@@ -172,14 +172,14 @@ def test_activations_that_would_not_fit_are_computed_twice(
         run(config, tmp_path, RunContext(resources=resources, interactive=False))
 
     assert (
-        "trainer.gradient_checkpointing=true: the activations would not fit otherwise"
+        "trainer.gradient_checkpointing=partial: the activations would not fit otherwise"
         in caplog.messages
     )
     assert (
         resolve_checkpointing(
             config, "packed", resources
         ).trainer.gradient_checkpointing
-        is True
+        == "partial"
     )
     assert (
         resolve_checkpointing(config, "trl", resources).trainer.gradient_checkpointing
@@ -189,13 +189,13 @@ def test_activations_that_would_not_fit_are_computed_twice(
     assert resolve_checkpointing(wanted, "packed", resources) == wanted
 
     # Where a plan leaves too little free either way, the one that may still fit is chosen.
-    for available, chosen in ((saved.peak(), True), (saved.peak() - 1, False)):
+    for available, chosen in ((saved.peak(), "partial"), (saved.peak() - 1, False)):
         monkeypatch.setattr(
             "finetune.run.memory_plan.available_memory",
             lambda gpus, size=available: size,
         )
         resolved = resolve_checkpointing(config, "packed", resources)
-        assert resolved.trainer.gradient_checkpointing is chosen
+        assert resolved.trainer.gradient_checkpointing == chosen
 
 
 @pytest.mark.parametrize(
@@ -214,16 +214,23 @@ def test_activations_that_would_not_fit_are_computed_twice(
     ],
 )
 @pytest.mark.parametrize(
-    ("saves", "slots"),
-    [(False, 1), (True, 1), pytest.param(True, 2, marks=pytest.mark.matrix)],
+    ("saves", "slots", "more"),
+    [
+        (False, 1, 0),
+        (True, 1, 0),
+        # With memory for the activations of more blocks than have to keep them.
+        ("partial", 1, 2),
+        pytest.param(True, 2, 0, marks=pytest.mark.matrix),
+    ],
 )
 def test_a_gpus_plan_is_what_its_decoder_allocates(
     tiny: Callable[..., RunConfig],
     monkeypatch: pytest.MonkeyPatch,
     architecture: str,
     target: str,
-    saves: bool,
+    saves: bool | Literal["partial"],
     slots: int,
+    more: int,
 ) -> None:
     """Within 10 %. The memory of tensors on the CPU is counted; kernels, which allocate nothing,
     are not run."""
@@ -245,6 +252,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     )
     from finetune.engine.packed.gpu.decoder import Decoder
     from finetune.engine.packed.requests import Evaluate, ForwardBackward
+    from finetune.run.decoder_memory import StoredMemory
     from finetune.run.memory_costs import activation_elements, adapted_layers
 
     modules = (
@@ -287,20 +295,41 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
     )
     bank = Bank(base, config, Decoder(base, saves))
     places = [bank.create_slot(config.lora, seed) for seed in range(slots)]
-    elements = activation_elements(
-        base.config, config, adapted_layers(places[0].model), slots
-    )
+    targets = adapted_layers(places[0].model)
+    elements = activation_elements(base.config, config, targets, slots)
+    tokens = 4 * 300
+    training = elements.stored + elements.passing
+    if more:
+        blocks = StoredMemory.read(base.config, config, targets, element_bytes=4)
+        assert blocks is not None
+        first = tokens * blocks.layer_bytes
+        # Beside one that is stored anyway, and two for the backward pass.
+        usable = (1 + 2 + more + 0.5) * first + blocks.weight_bytes
+        usable += shapes["num_hidden_layers"] * tokens * blocks.input_bytes
+        stored_blocks = "finetune.engine.packed.gpu.stored_blocks"
+        monkeypatch.setattr(f"{stored_blocks}.LOGITS", 0)
+        monkeypatch.setattr(
+            f"{stored_blocks}.available_memory", lambda: int(usable / USABLE)
+        )
+        # A CPU's is not looked at.
+        monkeypatch.setattr(f"{stored_blocks}.allocated_memory", lambda device: first)
+        monkeypatch.setattr(
+            "finetune.engine.packed.gpu.blocks.allocated_memory", lambda device: 0
+        )
+        planned_more = blocks.more(slots, tokens, usable) // 4 // tokens
+        assert planned_more > 0
+        training += planned_more
     ids = torch.randint(0, 300, (4, 300)).tolist()
     rows = [{"input_ids": row, "labels": row} for row in ids]
     parts = [(slot, rows[number::slots]) for number, slot in enumerate(places)]
     work = {
-        elements.stored + elements.passing: lambda: bank.forward_backward(
+        training: lambda: bank.forward_backward(
             [ForwardBackward(*part, 0.1, 1) for part in parts]
         ),
         elements.evaluating: lambda: bank.evaluate([Evaluate(*part) for part in parts]),
     }
     for planned, run_it in work.items():
-        assert allocated(run_it) / 4 / (4 * 300) == pytest.approx(planned, rel=0.1)
+        assert allocated(run_it) / 4 / tokens == pytest.approx(planned, rel=0.1)
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])

@@ -2,7 +2,7 @@
 
 With gradient checkpointing (Chen et al., 2016) a block keeps only its input and is computed again
 for its backward pass, except for its last product, which no gradient needs. The last blocks keep
-all activations (`stored_blocks`).
+all activations, as many as memory allows (`stored_blocks`).
 
 Only operations on the GPU, none of which the host waits for: they can be recorded
 (`recorded_pass`).
@@ -21,27 +21,10 @@ from finetune.engine.packed.gpu.per_layer_input import (
     PerLayerEmbedding,
     ProjectionActivations,
 )
+from finetune.engine.packed.gpu.stored_blocks import StoredBlocks, allocated_memory
 from finetune.engine.packed.pipeline import PassSteps
 from finetune.model.decoder_blocks import DecoderBlock, has_per_layer_inputs
 from finetune.model.layer_devices import block_devices
-
-
-def stored_blocks(layers: int, slots: int) -> int:
-    """How many of the last blocks keep all activations under gradient checkpointing.
-
-    The very last one does, because its backward pass comes at once. With several slots, which
-    need room for as many batches anyway, an eighth of the blocks do.
-
-    Args:
-        layers: Blocks of the decoder.
-        slots: Slots that train together.
-
-    Returns:
-        A number of blocks, at least 1.
-    """
-    if slots == 1:
-        return 1
-    return max(1, layers // 8)
 
 
 @dataclass
@@ -65,7 +48,7 @@ class DecoderBlocks:
         table_rows: dict[str, int],
         config: Any,
         block: DecoderBlock,
-        gradient_checkpointing: bool,
+        stored: StoredBlocks,
     ) -> None:
         """Read the blocks.
 
@@ -75,9 +58,9 @@ class DecoderBlocks:
             table_rows: Each linear layer's row in the slots' tables, by full name.
             config: The base's text config.
             block: What the blocks are made of.
-            gradient_checkpointing: Recompute activations in the backward pass.
+            stored: Says how many blocks keep their activations.
         """
-        self._gradient_checkpointing = gradient_checkpointing
+        self._stored = stored
         self._position_kinds = block.position_kinds
         self._rotary = model.rotary_emb
         self._rotary_elsewhere = {
@@ -103,7 +86,11 @@ class DecoderBlocks:
         """Of each block."""
 
     def forward(
-        self, x: torch.Tensor, context: PassContext, trains: bool
+        self,
+        x: torch.Tensor,
+        context: PassContext,
+        trains: bool,
+        stores_more: bool = False,
     ) -> PassSteps[tuple[torch.Tensor, BlocksTrace]]:
         """Compute all blocks, each in a step.
 
@@ -111,6 +98,8 @@ class DecoderBlocks:
             x: The embeddings [tokens, hidden_size].
             context: The pass, without what is computed here.
             trains: Whether a backward pass follows.
+            stores_more: Whether as many blocks keep their activations as memory allows, instead of
+                the fewest.
 
         Returns:
             The last block's output [tokens, hidden_size], and the trace for `backward`.
@@ -121,9 +110,8 @@ class DecoderBlocks:
             inputs, per_layer = self._per_layer.forward(x, context)
             context = dataclasses.replace(context, per_layer_inputs=inputs)
         layers = len(self._blocks)
-        recomputed = 0
-        if self._gradient_checkpointing:
-            recomputed = layers - stored_blocks(layers, context.slots)
+        recomputed = layers - self._stored.fewest(context.slots)
+        allocated = allocated_memory(x.device) if stores_more else None
         stored: list[BlockActivations | torch.Tensor] = []
         for number, block in enumerate(self._blocks):
             device = self._devices[number]
@@ -131,6 +119,8 @@ class DecoderBlocks:
             x = x.to(device)
             output, activations = block.forward(x, context.on(device))
             assert output is not None
+            if number == 0 and allocated is not None:
+                recomputed = layers - self._stored.most(context.slots, x, allocated)
             x = output
             if trains and number < recomputed:
                 stored.append(activations.block_input)
@@ -178,7 +168,7 @@ class DecoderBlocks:
             trace: From `forward`.
             grad: Gradient of its output [tokens, hidden_size]; overwritten.
         """
-        # As in `stored_blocks`: several slots need room for as many batches anyway.
+        # As in `fewest_stored`: several slots need room for as many batches anyway.
         cache_weights = trace.context.slots > 1
         for block in reversed(self._blocks):
             # Taken out of the trace, so that the activations are freed block by block.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finetune.config.sections.trainer import Checkpointing
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.gpu.adapter_tables import COLUMNS, SlotTable
 from finetune.engine.packed.gpu.blocks import BlocksTrace, DecoderBlocks
@@ -27,6 +28,7 @@ from finetune.engine.packed.gpu.rms_norm import (
     rms_norm,
     rms_norm_backward,
 )
+from finetune.engine.packed.gpu.stored_blocks import StoredBlocks
 from finetune.engine.packed.pipeline import PassSteps
 from finetune.model.architectures import text_config_of
 from finetune.model.decoder_blocks import decoder_block_of
@@ -59,12 +61,14 @@ class Decoder:
     logits_chunk = 1024
     """With fewer answer tokens at once, their matrix products leave a large GPU half idle."""
 
-    def __init__(self, base: "PreTrainedModel", gradient_checkpointing: bool) -> None:
+    def __init__(
+        self, base: "PreTrainedModel", gradient_checkpointing: Checkpointing
+    ) -> None:
         """Read the base's layers; the base itself is not changed.
 
         Args:
             base: A base that `supports_gpu_decoder`.
-            gradient_checkpointing: Recompute activations in the backward pass.
+            gradient_checkpointing: As `TrainerSettings` has it, decided.
         """
         block = decoder_block_of(base.config)
         assert block is not None
@@ -82,22 +86,29 @@ class Decoder:
         self._table_rows = {name: row for row, name in enumerate(linear_names)}
         """Each linear layer's row in the slots' tables."""
         self._contexts = ContextMaker(model, config, block)
-        self._blocks = DecoderBlocks(
-            model, prefix, self._table_rows, config, block, gradient_checkpointing
-        )
         self._is_spread = count_stages(base) > 1
         block_weights = sum(
             module.in_features * module.out_features
             for module in model.layers[0].modules()
             if isinstance(module, torch.nn.Linear)
         )
+        self._stored = StoredBlocks(
+            len(model.layers), block_weights, gradient_checkpointing
+        )
+        self._blocks = DecoderBlocks(
+            model, prefix, self._table_rows, config, block, self._stored
+        )
         self._recorder = PassRecorder(self._blocks, block_weights)
 
     score = staticmethod(cross_entropy)
 
-    def release_memory(self) -> bool:
+    def release_memory(self) -> str | None:
         """See `Backend.release_memory`."""
-        return self._recorder.stop()
+        if self._stored.give_up():
+            return "fewer blocks keep their activations from now on"
+        if self._recorder.stop():
+            return "passes are not recorded any more"
+        return None
 
     def attach(self, slot: "Slot") -> None:
         """Set `slot.kernel_table`."""
@@ -119,14 +130,16 @@ class Decoder:
         # Steps are given in training only.
         trains = bool(dropout_steps)
         size = None
-        # What several GPUs compute is not recorded.
-        records = trains and not self._is_spread
-        if records and self._recorder.is_worthwhile(batch):
+        # What several GPUs compute is not recorded, and the memory of one says little of all.
+        trains_on_one = trains and not self._is_spread
+        if trains_on_one and self._recorder.is_worthwhile(batch):
             size = pass_size(batch)
         context = self._contexts.make(batch, slots, dropout_steps, size)
         if size is None:
             # No name is bound to the embeddings, so that the blocks can free them.
-            blocks = self._blocks.forward(self._embed(context), context, trains)
+            blocks = self._blocks.forward(
+                self._embed(context), context, trains, stores_more=trains_on_one
+            )
             return self._finish(blocks, batch.prediction_positions)
         replayed = self._replay_or_launch(self._embed(context), context, size)
         return self._finish(replayed, batch.prediction_positions)

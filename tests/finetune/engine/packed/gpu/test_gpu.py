@@ -440,6 +440,48 @@ def test_the_plan_is_the_measured_peak(
     assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
 
 
+def test_blocks_are_stored_as_memory_allows_and_change_nothing(
+    wide_base: Path,
+    tiny_base: Path,
+    long_rows: Path,
+    tmp_path: Path,
+    little_memory: Callable[[float], None],
+) -> None:
+    """The plan is within 10 % of the peak, whatever the memory is."""
+    import torch
+
+    from finetune.model.memory import USABLE, free_memory
+    from finetune.run.memory_plan import plan_memory
+
+    config = compose(
+        *tiny_overrides(tiny_base),
+        f"model.name_or_path={wide_base}",
+        f"dataset.path={long_rows}",
+        "dataset.limit=40",
+        "trainer.gradient_checkpointing=partial",
+        # Too many tokens for a recorded pass, which stores the fewest blocks.
+        "trainer.per_device_train_batch_size=20",
+        "trainer.max_steps=3",
+        "trainer.eval_steps=0",
+        "sample_prompts=[]",
+    )
+    need = plan_memory(config, SharedResources()).need()
+    peaks, results = [], []
+    for number, size in enumerate((1.05 * need / USABLE, 2.5 * need, 100 * 2**30)):
+        little_memory(size)
+        planned = plan_memory(config, SharedResources()).peak()
+        torch.cuda.reset_peak_memory_stats()
+        (place,) = train_in_slots([config], tmp_path / str(number), 1)
+        measured = torch.cuda.max_memory_allocated()
+        assert planned == pytest.approx(measured, rel=0.1)
+        assert measured < size
+        peaks.append(measured)
+        results.append(losses(place))
+        free_memory()
+    assert peaks[0] < peaks[1] < peaks[2]
+    assert results[0] == results[1] == results[2]
+
+
 def test_a_study_trains_in_slots(tiny_base: Path, tmp_path: Path) -> None:
     study = (
         "-m",

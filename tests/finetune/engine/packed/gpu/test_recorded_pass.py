@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.banks import load_bank
-from support.decoder_bases import ARCHITECTURES, SLOTS, random_base
+from support.decoder_bases import ARCHITECTURES, random_base
+from support.decoder_passes import make_slots, train
 from support.matrix import further
 
 RECORDED = "finetune.engine.packed.gpu.recorded_pass"
@@ -17,53 +17,6 @@ def bases() -> Any:
     """One base in the slow tests, all others with the large tables."""
     others = [name for name in ARCHITECTURES if name not in ("llama", "phi3")]
     return pytest.mark.parametrize("architecture", ["llama", *further(*others)])
-
-
-Figures = tuple[list[float], list[Any]]
-
-
-def make_slots(tiny: Any, folder: Path, dropout: float, saves: bool) -> list[Any]:
-    """Three slots of different ranks and layers on one bank, none at its start."""
-    import torch
-
-    here = f"model.name_or_path={folder}"
-    drops = f"lora.dropout={dropout}"
-    configs = [
-        tiny(here, drops, f"seed={seed}", *settings)
-        for seed, settings in enumerate(SLOTS)
-    ]
-    bank = load_bank(configs[0], saves)
-    slots = [bank.create_slot(config.lora, config.seed) for config in configs]
-    torch.manual_seed(1)
-    for slot in slots:
-        slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
-    return slots
-
-
-def make_rows(lengths: list[int], seed: int) -> list[dict[str, list[int]]]:
-    """Rows of random tokens, all with the same beginning."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randint(0, 500, (9,), generator=generator).tolist()
-    rows = []
-    for length in lengths:
-        ids = start + torch.randint(0, 500, (length,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [-100] * 9 + ids[9:]})
-    return rows
-
-
-def train(slots: list[Any], lengths: list[list[int]], seed: int = 2) -> Figures:
-    """Losses and gradients of one pass, in which each slot has rows of so many tokens."""
-    from finetune.engine.packed.requests import ForwardBackward
-
-    requests = [
-        ForwardBackward(slot, make_rows(some, seed + number), 0.1, seed)
-        for number, (slot, some) in enumerate(zip(slots, lengths, strict=True))
-    ]
-    results = slots[0].bank.forward_backward(requests)
-    losses = [result.loss for result in results]
-    return losses, [slot.gradient.clone() for slot in slots]
 
 
 LENGTHS = [[3, 14], [8], [5, 6, 7]]
@@ -236,9 +189,9 @@ def test_what_cannot_be_recorded_is_launched_and_said_once(
     expected = train(slots, LENGTHS)
     forward = DecoderBlocks.forward
 
-    def waiting(self: DecoderBlocks, x: Any, *arguments: Any) -> Any:
+    def waiting(self: DecoderBlocks, x: Any, *arguments: Any, **options: Any) -> Any:
         x.sum().item()  # the host waits for the GPU: cannot be recorded
-        return forward(self, x, *arguments)
+        return forward(self, x, *arguments, **options)
 
     monkeypatch.setattr(DecoderBlocks, "forward", waiting)
     for _ in range(3):

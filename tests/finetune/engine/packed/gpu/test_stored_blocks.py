@@ -1,0 +1,186 @@
+"""With checkpointing, as many blocks keep their activations as memory allows."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.decoder_bases import random_base
+from support.decoder_passes import make_slots, train
+
+MODULE = "finetune.engine.packed.gpu.stored_blocks"
+GIB = 2**30
+MIB = 2**20
+
+
+def test_what_is_stored_fits_beside_the_rest_of_the_pass() -> None:
+    from finetune.engine.packed.gpu.stored_blocks import (
+        BlockMemory,
+        fewest_stored,
+        most_stored,
+    )
+
+    def taken(blocks: int) -> int:
+        return (blocks + 2) * activations + layers * MIB + weights + GIB
+
+    draw = random.Random(0)
+    for _ in range(2000):
+        layers, slots = draw.randint(1, 100), draw.randint(1, 64)
+        activations = draw.choice([2, 100, 8000]) * MIB + draw.randint(0, 9)
+        weights, usable = draw.randint(0, GIB), draw.randint(-GIB, 200 * GIB)
+        block = BlockMemory(activations, block_input=MIB, weights=weights)
+
+        stored = most_stored(layers, slots, block, usable)
+
+        fewest = fewest_stored(layers, slots)
+        assert 1 <= fewest <= stored <= layers
+        assert stored == fewest or taken(stored) <= usable
+        # One more would not fit.
+        assert stored == layers or taken(stored + 1) > usable
+
+
+@pytest.mark.parametrize(
+    ("slots", "fewest"), [(1, 1), (2, 4), (16, 4)], ids=["alone", "two", "many"]
+)
+def test_the_fewest_are_those_that_cost_next_to_nothing(
+    slots: int, fewest: int
+) -> None:
+    from finetune.engine.packed.gpu.stored_blocks import fewest_stored
+
+    assert fewest_stored(32, slots) == fewest
+
+
+@pytest.fixture
+def gpu_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Say that so many blocks of the next passes fit into memory: a CPU's is not looked at."""
+    allocated = 0
+
+    def advance(device: object) -> int:
+        nonlocal allocated
+        allocated += 1000 * MIB
+        return allocated
+
+    def limit(blocks: float) -> None:
+        nonlocal allocated
+        allocated = 0
+        # Beside the first block, before whose forward pass 1000 MiB are allocated, and two blocks
+        # for the backward pass.
+        size = (1 + 2 + blocks) * 1000 * MIB
+        monkeypatch.setattr(f"{MODULE}.available_memory", lambda: size / 0.9 + MIB)
+
+    monkeypatch.setattr(f"{MODULE}.LOGITS", 0)
+    monkeypatch.setattr("finetune.engine.packed.gpu.blocks.allocated_memory", advance)
+    monkeypatch.setattr(f"{MODULE}.allocated_memory", advance)
+    return limit
+
+
+@pytest.fixture
+def recomputed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks each pass computes again."""
+    from finetune.engine.packed.gpu.blocks import DecoderBlocks
+
+    counts: list[int] = []
+    backward = DecoderBlocks.backward
+
+    def counting(self: DecoderBlocks, trace: Any, gradient: Any) -> Any:
+        import torch
+
+        inputs = [block for block in trace.blocks if isinstance(block, torch.Tensor)]
+        counts.append(len(inputs))
+        return backward(self, trace, gradient)
+
+    monkeypatch.setattr(DecoderBlocks, "backward", counting)
+    return counts
+
+
+@pytest.mark.slow
+def test_a_pass_is_the_same_however_many_blocks_are_stored(
+    tiny: Any,
+    tiny_base: Path,
+    tmp_path: Path,
+    gpu_memory: Callable[[float], None],
+    recomputed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import torch
+
+    from finetune.engine.packed.gpu.block import Block
+    from finetune.engine.packed.requests import ForwardBackward
+
+    folder = random_base("llama", tiny_base, tmp_path / "base")
+    slots = make_slots(tiny, folder, dropout=0.3, saves="partial")[:2]
+    lengths = [[3, 5], [4]]
+    recomputed.clear()  # the probe's
+    figures = []
+    for blocks in (0.5, 2.5, 9):
+        gpu_memory(blocks)
+        figures.append(train(slots, lengths))
+    # One of three blocks is stored anyway.
+    assert recomputed == [2, 1, 0]
+    for losses, gradients in figures[1:]:
+        assert losses == figures[0][0]
+        assert all(map(torch.equal, gradients, figures[0][1]))
+
+    # Memory that is shorter than it seemed.
+    forward = Block.forward
+    calls = iter(range(100))
+
+    def short(self: Block, *arguments: Any, **options: Any) -> Any:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(Block, "forward", short)
+    bank = slots[0].bank
+    gpu_memory(9)
+    request = ForwardBackward(slots[0], [{"input_ids": [1, 2], "labels": [1, 2]}], 1, 1)
+    with caplog.at_level("WARNING"):
+        (result,) = bank.execute([request])
+    assert not isinstance(result, Exception)
+    assert bank.capacity is None
+    assert caplog.messages == [
+        "memory is short: fewer blocks keep their activations from now on, which is slower"
+    ]
+    # From now on, whatever memory says.
+    gpu_memory(9)
+    bank.execute([request])
+    assert recomputed[-2:] == [2, 2]
+    assert len(caplog.messages) == 1
+
+
+def test_what_only_makes_passes_faster_is_given_up_until_a_pass_fits(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import torch
+
+    from finetune.engine.packed.execution import Execution
+
+    changes = ["blocks", "records"]
+    states = []
+
+    def compute(requests: Any) -> list[Any]:
+        states.append(list(changes))
+        if changes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [None for _ in requests]
+
+    execution = Execution(compute, lambda: changes.pop(0) if changes else None)
+    with caplog.at_level("WARNING"):
+        assert execution.execute([object(), object()]) == [None, None]
+    assert states == [["blocks", "records"], ["records"], []]
+    assert caplog.messages == [
+        f"memory is short: {change}, which is slower"
+        for change in ("blocks", "records")
+    ]
+    assert execution.capacity is None
+
+    def broken(requests: Any) -> list[Any]:
+        raise ValueError("not the memory")
+
+    # Another error gives nothing up.
+    changes.append("blocks")
+    (error,) = Execution(broken, changes.pop).execute([object()])
+    assert isinstance(error, ValueError)
+    assert changes == ["blocks"]
