@@ -17,7 +17,7 @@ do, and at least 48 are measured. `q_v` is r 64 with dropout 0.1, `all_linear` r
 that can be made of it: Liger's kernels, and no padding, with PyTorch's attention within boundaries
 put in for flash-attn. `unsloth` runs where Unsloth is installed, and alone, as it changes the
 other libraries. The share of the roofline is of this GPU's rate for a bfloat16 matrix product, at
-4 operations a weight and token (6 with checkpointing on). `--memory` lets no more than so many GiB be
+4 operations a weight and token (6 with checkpointing on; `ours` computes some of them with partial). `--memory` lets no more than so many GiB be
 used of each GPU. `--gpus` spreads the base over so many: `ours` as a pipeline, for `trl` and `best`
 by accelerate's `dispatch_model`, as transformers does it by its device map. `--busy` profiles some
 more steps of `ours`: how long a step takes, how long the GPU computes of that, in ms, and how often
@@ -297,7 +297,8 @@ class Case:
             print(f"{line} out of memory | | | {self.planned} |", flush=True)
             return
         memory = peak_memory_bytes() / 2**30 if GPU else 0.0
-        share = rate * (6 if self.saving is True else 4) * weights / peak
+        recomputes = self.saving is True or (self.saving and self.side != "ours")
+        share = rate * (6 if recomputes else 4) * weights / peak
         print(
             f"{line} {rate:.0f} | {share:.0%} | {memory:.1f} | {self.planned} |{self.profiled}",
             flush=True,

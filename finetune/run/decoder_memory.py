@@ -11,8 +11,8 @@ from typing import Any
 from finetune.config.schema import RunConfig
 from finetune.engine.packed.gpu.stored_blocks import (
     BlockMemory,
-    fewest_stored,
-    most_stored,
+    count_fewest,
+    count_most,
 )
 from finetune.model.decoder_blocks import (
     DECODER_BLOCKS,
@@ -80,7 +80,7 @@ class StoredMemory:
     peak_bytes: tuple[int, ...]
     """Of a token at the peak of a pass, by how many layers keep their activations."""
     layer_bytes: int
-    """Of a token's activations in the first layer."""
+    """Of a token's activations in the largest layer."""
     input_bytes: int
     """Of a token's input of a layer."""
     weight_bytes: int
@@ -107,28 +107,43 @@ class StoredMemory:
             peaks.append(element_bytes * (stored + passing))
         return cls(
             peak_bytes=tuple(peaks),
-            layer_bytes=element_bytes * layers[0],
+            layer_bytes=element_bytes * max(layers),
             input_bytes=element_bytes * shapes.hidden_size,
             weight_bytes=element_bytes * block_weight_count(shapes),
         )
 
-    def more(self, slots: int, tokens: float, usable: float) -> int:
-        """Return the bytes that they take beyond those of the fewest blocks.
+    @property
+    def layers(self) -> int:
+        """Layers of the base."""
+        return len(self.peak_bytes) - 1
+
+    def count_layers(self, slots: int, tokens: float, usable: float) -> int:
+        """Return how many layers keep their activations.
 
         Args:
             slots: Slots of a pass.
             tokens: In the pass.
             usable: Bytes for all that the pass allocates.
         """
-        layers = len(self.peak_bytes) - 1
         block = BlockMemory(
             activations=int(tokens * self.layer_bytes),
             block_input=int(tokens * self.input_bytes),
             weights=self.weight_bytes,
         )
-        most = most_stored(layers, slots, block, int(usable))
-        fewest = fewest_stored(layers, slots)
-        return int(tokens * (self.peak_bytes[most] - self.peak_bytes[fewest]))
+        return count_most(self.layers, slots, block, int(usable))
+
+    def additional_bytes(self, slots: int, tokens: float, usable: float) -> int:
+        """Return the bytes that they take beyond those of the fewest layers.
+
+        Args:
+            slots: As in `count_layers`.
+            tokens: As in `count_layers`.
+            usable: As in `count_layers`.
+        """
+        most = self.count_layers(slots, tokens, usable)
+        fewest = count_fewest(self.layers, slots)
+        # With one delta net more, what its backward pass needs within itself is there already.
+        return max(0, int(tokens * (self.peak_bytes[most] - self.peak_bytes[fewest])))
 
 
 def block_weight_count(shapes: Any) -> int:

@@ -83,14 +83,35 @@ class DeviceMemory:
         rows = all_tokens / self.batch_tokens
         if group > 1:
             rows += self.held
-        throughout = self.process + self.base + slots * (self.adapter + self.optimizer)
-        recorded = 0
-        if self.recorded is not None:
-            recorded = self.recorded.size(tokens)
-        if recorded:
-            rows += recorded
+        throughout = self._throughout(slots)
+        if self._is_recorded(tokens):
+            assert self.recorded is not None
+            rows += self.recorded.size(tokens)
         elif self.stored is not None:
-            rows += self.stored.more(slots, tokens, limit - throughout)
+            rows += self.stored.additional_bytes(slots, tokens, limit - throughout)
         # Of several groups an upper bound: one at a time is in the blocks that are here.
         rows = max(rows, slots * activations.evaluating)
         return int(throughout + activations.logits + rows)
+
+    def stored_share(self, slots: int, tokens: float, limit: float) -> float:
+        """Return the share of the blocks that keep their activations, where memory decides it.
+
+        Args:
+            slots: That train together.
+            tokens: In a pass.
+            limit: Bytes that may be allocated.
+        """
+        if self.stored is None:
+            return 1.0
+        usable = 0.0
+        # Recorded passes store the fewest.
+        if not self._is_recorded(tokens):
+            usable = limit - self._throughout(slots)
+        return self.stored.count_layers(slots, tokens, usable) / self.stored.layers
+
+    def _throughout(self, slots: int) -> int:
+        """What is there between passes too."""
+        return self.process + self.base + slots * (self.adapter + self.optimizer)
+
+    def _is_recorded(self, tokens: float) -> bool:
+        return self.recorded is not None and self.recorded.size(tokens) > 0

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.engine.packed.autograd_backend import AutogradBackend
-from finetune.engine.packed.gpu.stored_blocks import fewest_stored
+from finetune.engine.packed.gpu.stored_blocks import count_fewest
 from finetune.model.architectures import logit_transform_of
 from finetune.model.base_quantization import BITSANDBYTES, DEQUANTIZED, BaseQuantization
 from finetune.model.experts import router_layers
@@ -205,7 +205,7 @@ def activation_elements(
     A layer keeps the inputs of its norms, its queries, keys and values, attention's output, the
     gate's inputs, and the inputs of linear layers: with the GPU's own decoder only of those that
     have an adapter, and not the gate's product. With checkpointing it keeps its input alone, but
-    for the last layers (`fewest_stored`). Within a layer, the forward and backward pass of the gate
+    for the last layers (`count_fewest`). Within a layer, the forward and backward pass of the gate
     are the widest.
 
     Args:
@@ -219,7 +219,7 @@ def activation_elements(
     checkpointing = bool(config.trainer.checkpointing)
     layers: int = shapes.num_hidden_layers
     if targets is not None:
-        stored = fewest_stored(layers, slots) if checkpointing else layers
+        stored = count_fewest(layers, slots) if checkpointing else layers
         return Elements(*decoder_elements(shapes, config, targets, stored, blocks))
     widths = read_widths(shapes, base)
     recurrent = recurrent_elements(shapes)

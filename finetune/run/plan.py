@@ -16,6 +16,13 @@ BUSY_TOKENS = 10_000
 """Tokens in one pass that keep a GPU busy: more slots bring next to nothing
 (docs/benchmarks.md)."""
 
+PASS_TOKENS = 250
+"""Tokens that a GPU computes in the time that a pass takes besides its tokens."""
+
+RECOMPUTATION = 0.4
+"""How much longer a pass takes in which all blocks are computed again. Both are measured on 7B
+shapes (docs/benchmarks.md)."""
+
 MOST_SLOTS = 16
 """Limit of `slots=auto`."""
 
@@ -70,27 +77,23 @@ class Plan:
         With checkpointing on a GPU, blocks keep their activations as memory allows.
         """
         limit = USABLE * self.available
-        mean, _ = self._mean_and_deviation
-        typical = min(1.0, slots * mean / self.tokens(slots))
-        # A pass of fewer tokens may have room for one block more, and so take more memory.
-        shares = [typical + (1 - typical) * step / 8 for step in range(9)]
-        return max(
-            self._peak_of(device, slots, limit, share)
-            for device in self.devices
-            for share in shares
-        )
+        return max(self._peak_of(device, slots, limit) for device in self.devices)
 
     def need(self, slots: int = 1) -> int:
         """Return the bytes without which so many slots can't train or evaluate."""
         return max(self._peak_of(device, slots, limit=0) for device in self.devices)
 
-    def _peak_of(
-        self, device: DeviceMemory, slots: int, limit: float, share: float = 1
-    ) -> int:
-        """The peak of passes with a share of the tokens of the largest one."""
+    def _peak_of(self, device: DeviceMemory, slots: int, limit: float) -> int:
         group = group_size(slots, self.gpus)
-        tokens = share * self.tokens(slots)
-        return device.peak(slots, group, tokens, share * self.tokens(group), limit)
+        tokens, group_tokens = self.tokens(slots), self.tokens(group)
+        mean, _ = self._mean_and_deviation
+        typical = min(1.0, slots * mean / tokens)
+        # A pass of fewer tokens may take more: it is recorded, or has room for one block more.
+        shares = [typical + (1 - typical) * step / 8 for step in range(9)]
+        return max(
+            device.peak(slots, group, share * tokens, share * group_tokens, limit)
+            for share in shares
+        )
 
     @property
     def further_slot(self) -> int:
@@ -108,11 +111,24 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """The recommended number of slots: as many as keep a GPU busy; 1 on a CPU."""
+        """The recommended number of slots; 1 on a CPU.
+
+        They are as many as keep a GPU busy, or fewer that leave memory for the activations of more
+        blocks (`trainer.gradient_checkpointing=partial`).
+        """
         if not on_gpu():
             return 1  # one run keeps all cores busy
         busy = math.ceil(BUSY_TOKENS / self._mean_and_deviation[0])
-        return max(1, min(busy, self.largest, MOST_SLOTS))
+        most = max(1, min(busy, self.largest, MOST_SLOTS))
+        return min(range(1, most + 1), key=self._time_per_token)
+
+    def _time_per_token(self, slots: int) -> float:
+        """In passes of the mean size, in units of a large pass that computes nothing again."""
+        tokens = slots * self._mean_and_deviation[0]
+        limit = USABLE * self.available
+        shares = [device.stored_share(slots, tokens, limit) for device in self.devices]
+        recomputed = 1 - min(shares)
+        return (1 + PASS_TOKENS / tokens) * (1 + RECOMPUTATION * recomputed)
 
     def require_room(self, config: RunConfig) -> None:
         """Refuse a run that does not fit.

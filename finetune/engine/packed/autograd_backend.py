@@ -145,7 +145,7 @@ class AutogradBackend:
             hidden = trace.hidden
             torch.autograd.backward(hidden, gradient.to(hidden.device))
 
-    def release_memory(self) -> None:
+    def release_memory(self, trains: bool) -> None:
         """See `Backend.release_memory`: there is none."""
 
     @staticmethod

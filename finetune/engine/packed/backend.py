@@ -68,8 +68,11 @@ class Backend(Protocol):
             gradient: Gradient of the hidden states [answer tokens, hidden_size].
         """
 
-    def release_memory(self) -> str | None:
+    def release_memory(self, trains: bool) -> str | None:
         """Let go of memory that only makes passes faster.
+
+        Args:
+            trains: Whether a pass that trains needs it.
 
         Returns:
             The change, for users; None: there was none.

@@ -121,7 +121,7 @@ class Bank:
         self.slots_in_use = 0
         """Slots in which runs train now, counted by `SharedResources.slot`."""
         self._execution = Execution(
-            self._compute, lambda: self.backend.release_memory()
+            self._compute, lambda trains: self.backend.release_memory(trains)
         )
         self.answer_tokens = config.evaluation.max_new_tokens
         """Tokens of the longest answer of the last generation; at first its limit."""

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from finetune.engine.packed.requests import Generate, Response
+from finetune.engine.packed.requests import ForwardBackward, Generate, Response
 from finetune.errors import is_out_of_memory_error
 from finetune.model.memory import free_memory
 
@@ -18,7 +18,7 @@ class Execution:
     def __init__(
         self,
         compute: Callable[[Sequence[Any]], list[Response]],
-        release_memory: Callable[[], str | None],
+        release_memory: Callable[[bool], str | None],
     ) -> None:
         """No limit has been met yet.
 
@@ -84,7 +84,8 @@ class Execution:
             except Exception as error:
                 change = None
                 if is_out_of_memory_error(error):
-                    change = self._release_memory()
+                    trains = isinstance(requests[0], ForwardBackward)
+                    change = self._release_memory(trains)
                 if change is None:
                     raise
             # Outside of the except block, where the exception's frames hold no tensors.

@@ -251,6 +251,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
         short_convolution,
     )
     from finetune.engine.packed.gpu.decoder import Decoder
+    from finetune.engine.packed.gpu.stored_blocks import _output_columns
     from finetune.engine.packed.requests import Evaluate, ForwardBackward
     from finetune.run.decoder_memory import StoredMemory
     from finetune.run.memory_costs import activation_elements, adapted_layers
@@ -312,11 +313,15 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
             f"{stored_blocks}.available_memory", lambda: int(usable / USABLE)
         )
         # A CPU's is not looked at.
-        monkeypatch.setattr(f"{stored_blocks}.allocated_memory", lambda device: first)
+        widths = [_output_columns(layer) for layer in base.get_decoder().layers]
+        measured = int(first * widths[0] / max(widths))
+        monkeypatch.setattr(
+            f"{stored_blocks}.allocated_memory", lambda device: measured
+        )
         monkeypatch.setattr(
             "finetune.engine.packed.gpu.blocks.allocated_memory", lambda device: 0
         )
-        planned_more = blocks.more(slots, tokens, usable) // 4 // tokens
+        planned_more = blocks.additional_bytes(slots, tokens, usable) // 4 // tokens
         assert planned_more > 0
         training += planned_more
     ids = torch.randint(0, 300, (4, 300)).tolist()

@@ -110,7 +110,7 @@ class DecoderBlocks:
             inputs, per_layer = self._per_layer.forward(x, context)
             context = dataclasses.replace(context, per_layer_inputs=inputs)
         layers = len(self._blocks)
-        recomputed = layers - self._stored.fewest(context.slots)
+        recomputed = layers - self._stored.count_fewest(context.slots)
         allocated = allocated_memory(x.device) if stores_more else None
         stored: list[BlockActivations | torch.Tensor] = []
         for number, block in enumerate(self._blocks):
@@ -120,7 +120,8 @@ class DecoderBlocks:
             output, activations = block.forward(x, context.on(device))
             assert output is not None
             if number == 0 and allocated is not None:
-                recomputed = layers - self._stored.most(context.slots, x, allocated)
+                most = self._stored.count_most(context.slots, x, allocated)
+                recomputed = layers - most
             x = output
             if trains and number < recomputed:
                 stored.append(activations.block_input)
@@ -168,7 +169,7 @@ class DecoderBlocks:
             trace: From `forward`.
             grad: Gradient of its output [tokens, hidden_size]; overwritten.
         """
-        # As in `fewest_stored`: several slots need room for as many batches anyway.
+        # As in `count_fewest`: several slots need room for as many batches anyway.
         cache_weights = trace.context.slots > 1
         for block in reversed(self._blocks):
             # Taken out of the trace, so that the activations are freed block by block.

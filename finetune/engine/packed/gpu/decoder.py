@@ -28,7 +28,7 @@ from finetune.engine.packed.gpu.rms_norm import (
     rms_norm,
     rms_norm_backward,
 )
-from finetune.engine.packed.gpu.stored_blocks import StoredBlocks
+from finetune.engine.packed.gpu.stored_blocks import StoredBlocks, count_weights
 from finetune.engine.packed.pipeline import PassSteps
 from finetune.model.architectures import text_config_of
 from finetune.model.decoder_blocks import decoder_block_of
@@ -87,24 +87,17 @@ class Decoder:
         """Each linear layer's row in the slots' tables."""
         self._contexts = ContextMaker(model, config, block)
         self._is_spread = count_stages(base) > 1
-        block_weights = sum(
-            module.in_features * module.out_features
-            for module in model.layers[0].modules()
-            if isinstance(module, torch.nn.Linear)
-        )
-        self._stored = StoredBlocks(
-            len(model.layers), block_weights, gradient_checkpointing
-        )
+        self._stored = StoredBlocks(model.layers, gradient_checkpointing)
         self._blocks = DecoderBlocks(
             model, prefix, self._table_rows, config, block, self._stored
         )
-        self._recorder = PassRecorder(self._blocks, block_weights)
+        self._recorder = PassRecorder(self._blocks, count_weights(model.layers[0]))
 
     score = staticmethod(cross_entropy)
 
-    def release_memory(self) -> str | None:
+    def release_memory(self, trains: bool) -> str | None:
         """See `Backend.release_memory`."""
-        if self._stored.give_up():
+        if trains and self._stored.give_up():
             return "fewer blocks keep their activations from now on"
         if self._recorder.stop():
             return "passes are not recorded any more"
@@ -136,6 +129,7 @@ class Decoder:
             size = pass_size(batch)
         context = self._contexts.make(batch, slots, dropout_steps, size)
         if size is None:
+            self._stored.recorded_memory = self._recorder.memory
             # No name is bound to the embeddings, so that the blocks can free them.
             blocks = self._blocks.forward(
                 self._embed(context), context, trains, stores_more=trains_on_one

@@ -165,6 +165,8 @@ class PassRecorder:
         that their activations took."""
         self._recorded: OrderedDict[Any, RecordedPass] = OrderedDict()
         self._pool: GraphPool | None = None
+        self.memory = 0
+        """Bytes that recorded passes have for themselves."""
 
     def is_worthwhile(self, batch: PackedBatch) -> bool:
         """Whether launching a batch's kernels may take longer than computing them."""
@@ -222,8 +224,11 @@ class PassRecorder:
     def _record(self, x: torch.Tensor, context: PassContext) -> RecordedPass | None:
         if self._pool is None:
             self._pool = GraphPool()
+        before = torch.cuda.memory_reserved()
         try:
-            return RecordedPass(self._blocks, x, context, self._pool)
+            recorded = RecordedPass(self._blocks, x, context, self._pool)
+            self.memory += torch.cuda.memory_reserved() - before
+            return recorded
         except RuntimeError as error:
             self.stop()
             _end_recording()
@@ -244,6 +249,7 @@ class PassRecorder:
         self._recorded.clear()
         self._met.clear()
         self._pool = None
+        self.memory = 0
         return has_recorded
 
 

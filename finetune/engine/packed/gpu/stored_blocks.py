@@ -5,6 +5,7 @@ half of the time that checkpointing costs is saved. They are the last ones, whos
 comes first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ LOGITS = GIB
 """Bytes for a chunk of logits: what the largest vocabularies take (262,144 columns, capped)."""
 
 
-def fewest_stored(layers: int, slots: int) -> int:
+def count_fewest(layers: int, slots: int) -> int:
     """Return how many of the blocks keep their activations where memory is short.
 
     The very last one does, because its backward pass comes at once. With several slots, which
@@ -39,7 +40,7 @@ def fewest_stored(layers: int, slots: int) -> int:
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """What a block of a pass takes, in bytes."""
+    """What the largest block of a pass takes, in bytes."""
 
     activations: int
     block_input: int
@@ -48,19 +49,19 @@ class BlockMemory:
     """Dequantised: several slots keep those of one block from its second forward pass on."""
 
 
-def most_stored(layers: int, slots: int, block: BlockMemory, usable: int) -> int:
+def count_most(layers: int, slots: int, block: BlockMemory, usable: int) -> int:
     """Return how many of the blocks may keep their activations in so much memory.
 
     Args:
         layers: Blocks of the decoder.
         slots: Slots that train together.
-        block: Of one block in the pass.
+        block: Of the largest block in the pass.
         usable: Bytes for all that the pass allocates.
 
     Returns:
-        A number of blocks, at least `fewest_stored`.
+        A number of blocks, at least `count_fewest`.
     """
-    fewest = fewest_stored(layers, slots)
+    fewest = count_fewest(layers, slots)
     inputs = layers * block.block_input
     needed = (fewest + WITHIN_PASS) * block.activations + block.weights + LOGITS
     more = (usable - inputs - needed) // block.activations
@@ -71,23 +72,27 @@ class StoredBlocks:
     """Decides for each pass."""
 
     def __init__(
-        self, layers: int, block_weights: int, gradient_checkpointing: Checkpointing
+        self, blocks: Sequence[torch.nn.Module], gradient_checkpointing: Checkpointing
     ) -> None:
         """Memory is not known to be short.
 
         Args:
-            layers: Blocks of the decoder.
-            block_weights: Weights of the linear layers of a block.
+            blocks: Transformers' modules.
             gradient_checkpointing: As `TrainerSettings` has it: false stores all blocks, true the
                 fewest.
         """
-        self._layers = layers
-        self._block_weights = block_weights
+        self._layers = len(blocks)
+        self._block_weights = max(map(count_weights, blocks))
+        widths = [_output_columns(block) for block in blocks]
+        self._growth = max(widths) / widths[0]
+        """How much more the largest block keeps than the first (Gemma 4)."""
         self._stores_all = not gradient_checkpointing
         self._stores_more = gradient_checkpointing == "partial"
         self._has_stored_more = False
+        self.recorded_memory = 0
+        """Bytes of recorded passes, which others cannot use."""
 
-    def fewest(self, slots: int) -> int:
+    def count_fewest(self, slots: int) -> int:
         """Return how many blocks are stored whatever the memory is.
 
         Args:
@@ -95,9 +100,9 @@ class StoredBlocks:
         """
         if self._stores_all:
             return self._layers
-        return fewest_stored(self._layers, slots)
+        return count_fewest(self._layers, slots)
 
-    def most(self, slots: int, block_input: torch.Tensor, allocated: int) -> int:
+    def count_most(self, slots: int, block_input: torch.Tensor, allocated: int) -> int:
         """Return how many blocks memory has room for, after the first one's forward pass.
 
         Args:
@@ -105,27 +110,46 @@ class StoredBlocks:
             block_input: Of the first block.
             allocated: Bytes that were allocated before its forward pass.
         """
-        fewest = self.fewest(slots)
+        fewest = self.count_fewest(slots)
         if not self._stores_more:
             return fewest
         now = allocated_memory(block_input.device)
         assert now is not None
+        # Never nothing: what is freed meanwhile would count against it.
+        activations = max(now - allocated, block_input.nbytes)
         block = BlockMemory(
-            # Never nothing: what is freed meanwhile would count against it.
-            activations=max(now - allocated, block_input.nbytes),
+            activations=int(self._growth * activations),
             block_input=block_input.nbytes,
             weights=self._block_weights * block_input.element_size(),
         )
-        usable = int(USABLE * available_memory()) - allocated
-        stored = most_stored(self._layers, slots, block, usable)
-        self._has_stored_more |= stored > fewest
+        limit = int(USABLE * available_memory()) - self.recorded_memory
+        stored = count_most(self._layers, slots, block, limit - allocated)
+        self._has_stored_more = stored > fewest
         return stored
 
     def give_up(self) -> bool:
-        """Store the fewest from now on; return whether that is less than before."""
-        stored_more = self._stores_more and self._has_stored_more
+        """Store the fewest from now on, if the last pass stored more; return whether it did."""
+        if not (self._stores_more and self._has_stored_more):
+            return False
         self._stores_more = False
-        return stored_more
+        return True
+
+
+def count_weights(block: torch.nn.Module) -> int:
+    """Return the weights of a block's linear layers."""
+    return sum(
+        layer.in_features * layer.out_features for layer in _linear_layers(block)
+    )
+
+
+def _output_columns(block: torch.nn.Module) -> int:
+    """The columns of all that a block's linear layers compute, of which most is kept."""
+    return sum(layer.out_features for layer in _linear_layers(block))
+
+
+def _linear_layers(block: torch.nn.Module) -> list[torch.nn.Linear]:
+    # Quantised layers are linear layers too.
+    return [layer for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
 
 
 def allocated_memory(device: torch.device) -> int | None:

@@ -17,8 +17,8 @@ MIB = 2**20
 def test_what_is_stored_fits_beside_the_rest_of_the_pass() -> None:
     from finetune.engine.packed.gpu.stored_blocks import (
         BlockMemory,
-        fewest_stored,
-        most_stored,
+        count_fewest,
+        count_most,
     )
 
     def taken(blocks: int) -> int:
@@ -31,9 +31,9 @@ def test_what_is_stored_fits_beside_the_rest_of_the_pass() -> None:
         weights, usable = draw.randint(0, GIB), draw.randint(-GIB, 200 * GIB)
         block = BlockMemory(activations, block_input=MIB, weights=weights)
 
-        stored = most_stored(layers, slots, block, usable)
+        stored = count_most(layers, slots, block, usable)
 
-        fewest = fewest_stored(layers, slots)
+        fewest = count_fewest(layers, slots)
         assert 1 <= fewest <= stored <= layers
         assert stored == fewest or taken(stored) <= usable
         # One more would not fit.
@@ -46,9 +46,9 @@ def test_what_is_stored_fits_beside_the_rest_of_the_pass() -> None:
 def test_the_fewest_are_those_that_cost_next_to_nothing(
     slots: int, fewest: int
 ) -> None:
-    from finetune.engine.packed.gpu.stored_blocks import fewest_stored
+    from finetune.engine.packed.gpu.stored_blocks import count_fewest
 
-    assert fewest_stored(32, slots) == fewest
+    assert count_fewest(32, slots) == fewest
 
 
 @pytest.fixture
@@ -166,7 +166,11 @@ def test_what_only_makes_passes_faster_is_given_up_until_a_pass_fits(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return [None for _ in requests]
 
-    execution = Execution(compute, lambda: changes.pop(0) if changes else None)
+    def release(trains: bool) -> str | None:
+        assert not trains
+        return changes.pop(0) if changes else None
+
+    execution = Execution(compute, release)
     with caplog.at_level("WARNING"):
         assert execution.execute([object(), object()]) == [None, None]
     assert states == [["blocks", "records"], ["records"], []]
@@ -181,6 +185,6 @@ def test_what_only_makes_passes_faster_is_given_up_until_a_pass_fits(
 
     # Another error gives nothing up.
     changes.append("blocks")
-    (error,) = Execution(broken, changes.pop).execute([object()])
+    (error,) = Execution(broken, release).execute([object()])
     assert isinstance(error, ValueError)
     assert changes == ["blocks"]
