@@ -17,11 +17,18 @@ BUSY_TOKENS = 10_000
 (docs/benchmarks.md)."""
 
 PASS_TOKENS = 250
-"""Tokens that a GPU computes in the time that a pass takes besides its tokens."""
+"""Tokens that a GPU computes in the time that a pass takes besides its tokens. This and the next
+two are measured on 7B shapes (docs/benchmarks.md)."""
 
-RECOMPUTATION = 0.4
-"""How much longer a pass takes in which all blocks are computed again. Both are measured on 7B
-shapes (docs/benchmarks.md)."""
+RECOMPUTATION = 0.38
+"""How much longer a token takes where all blocks are computed again."""
+
+DEQUANTIZATION_TOKENS = 300
+"""Tokens that a GPU computes in the time in which all blocks are dequantised once more: where one
+slot computes them again. Several slots keep the weights meanwhile."""
+
+CLEAR_GAIN = 0.05
+"""Share of the time that fewer slots must save, as the three figures differ among bases."""
 
 MOST_SLOTS = 16
 """Limit of `slots=auto`."""
@@ -61,10 +68,14 @@ class Plan:
         theory the maximum of n sums is about their mean plus sqrt(2 ln n) standard deviations.
         """
         mean, deviation = self._mean_and_deviation
-        largest = max(self.batches)
+        largest = self._largest_batch
         deviations = math.sqrt(2 * math.log(len(self.batches)) * slots)
         expected = slots * mean + deviation * deviations
         return max(largest, min(slots * largest, expected))
+
+    @functools.cached_property
+    def _largest_batch(self) -> int:
+        return max(self.batches)
 
     @functools.cached_property
     def _mean_and_deviation(self) -> tuple[float, float]:
@@ -102,7 +113,7 @@ class Plan:
         groups = 1 if self.gpus == 1 else GROUPS_PER_GPU * self.gpus
         return (self.need(3 * groups) - self.need(2 * groups)) // groups
 
-    @property
+    @functools.cached_property
     def largest(self) -> int:
         """The number of slots that fit, at most 64; 0: not even one fits."""
         limit = USABLE * self.available
@@ -120,15 +131,19 @@ class Plan:
             return 1  # one run keeps all cores busy
         busy = math.ceil(BUSY_TOKENS / self._mean_and_deviation[0])
         most = max(1, min(busy, self.largest, MOST_SLOTS))
-        return min(range(1, most + 1), key=self._time_per_token)
+        fastest = min(range(1, most + 1), key=self._time_per_token)
+        limit = (1 - CLEAR_GAIN) * self._time_per_token(most)
+        return fastest if self._time_per_token(fastest) < limit else most
 
     def _time_per_token(self, slots: int) -> float:
         """In passes of the mean size, in units of a large pass that computes nothing again."""
         tokens = slots * self._mean_and_deviation[0]
         limit = USABLE * self.available
         shares = [device.stored_share(slots, tokens, limit) for device in self.devices]
-        recomputed = 1 - min(shares)
-        return (1 + PASS_TOKENS / tokens) * (1 + RECOMPUTATION * recomputed)
+        again = RECOMPUTATION
+        if slots == 1:
+            again += DEQUANTIZATION_TOKENS / tokens
+        return 1 + PASS_TOKENS / tokens + (1 - min(shares)) * again
 
     def require_room(self, config: RunConfig) -> None:
         """Refuse a run that does not fit.

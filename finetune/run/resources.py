@@ -326,6 +326,12 @@ def _log_loading(config: RunConfig) -> None:
 
 def base_key(config: RunConfig) -> object:
     """Return what a loaded base depends on; `trainer.extra` may make TRL patch it in place."""
+    from finetune.model.device import on_gpu
+
+    checkpointing = config.trainer.checkpointing
+    if not on_gpu():
+        # On a CPU partial is the same as true.
+        checkpointing = bool(checkpointing)
     extra = {
         name: value
         for name, value in config.trainer.extra.items()
@@ -335,6 +341,6 @@ def base_key(config: RunConfig) -> object:
         config.model,
         config.quantization,
         config.trainer.gpus,
-        config.trainer.checkpointing,
+        checkpointing,
         extra,
     )

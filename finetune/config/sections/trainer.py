@@ -43,7 +43,7 @@ class TrainerSettings(Section):
     gradient_checkpointing: Checkpointing | Literal["auto"]
     """Whether activations are computed again in the backward pass, which saves memory and takes
     time; partial: with the project's kernels on one GPU only those for which there is no memory,
-    else as true; auto: false where all fit, else partial."""
+    else as true; auto: partial where not all fit and that helps, else false."""
 
     group_by_length: bool
     """Whether rows of similar length are put into the same batch."""

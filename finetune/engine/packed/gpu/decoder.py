@@ -128,8 +128,9 @@ class Decoder:
         if trains_on_one and self._recorder.is_worthwhile(batch):
             size = pass_size(batch)
         context = self._contexts.make(batch, slots, dropout_steps, size)
+        if trains:
+            self._stored.begin_pass(self._recorder.memory)
         if size is None:
-            self._stored.recorded_memory = self._recorder.memory
             # No name is bound to the embeddings, so that the blocks can free them.
             blocks = self._blocks.forward(
                 self._embed(context), context, trains, stores_more=trains_on_one

@@ -89,8 +89,16 @@ class StoredBlocks:
         self._stores_all = not gradient_checkpointing
         self._stores_more = gradient_checkpointing == "partial"
         self._has_stored_more = False
-        self.recorded_memory = 0
-        """Bytes of recorded passes, which others cannot use."""
+        self._recorded_memory = 0
+
+    def begin_pass(self, recorded_memory: int) -> None:
+        """Begin a pass that trains.
+
+        Args:
+            recorded_memory: Bytes of recorded passes, which others cannot use.
+        """
+        self._has_stored_more = False
+        self._recorded_memory = recorded_memory
 
     def count_fewest(self, slots: int) -> int:
         """Return how many blocks are stored whatever the memory is.
@@ -122,13 +130,13 @@ class StoredBlocks:
             block_input=block_input.nbytes,
             weights=self._block_weights * block_input.element_size(),
         )
-        limit = int(USABLE * available_memory()) - self.recorded_memory
+        limit = int(USABLE * available_memory()) - self._recorded_memory
         stored = count_most(self._layers, slots, block, limit - allocated)
         self._has_stored_more = stored > fewest
         return stored
 
     def give_up(self) -> bool:
-        """Store the fewest from now on, if the last pass stored more; return whether it did."""
+        """Store the fewest from now on, if this pass has stored more; return whether it has."""
         if not (self._stores_more and self._has_stored_more):
             return False
         self._stores_more = False

@@ -123,6 +123,10 @@ def test_a_pass_is_the_same_however_many_blocks_are_stored(
         assert losses == figures[0][0]
         assert all(map(torch.equal, gradients, figures[0][1]))
 
+    backend = slots[0].bank.backend
+    # An evaluation would gain nothing.
+    assert backend.release_memory(trains=False) is None
+
     # Memory that is shorter than it seemed.
     forward = Block.forward
     calls = iter(range(100))
@@ -188,3 +192,58 @@ def test_what_only_makes_passes_faster_is_given_up_until_a_pass_fits(
     (error,) = Execution(broken, release).execute([object()])
     assert isinstance(error, ValueError)
     assert changes == ["blocks"]
+
+
+@pytest.fixture
+def two_kinds_of_blocks() -> Any:
+    """Three blocks, of which the last computes three times as many columns as the others."""
+    from torch.nn import Linear, ModuleList, Sequential
+
+    return ModuleList([Linear(8, 10), Linear(8, 10), Sequential(Linear(8, 30))])
+
+
+def test_the_largest_block_and_recorded_passes_leave_room_for_fewer(
+    two_kinds_of_blocks: Any, gpu_memory: Callable[[float], None]
+) -> None:
+    import torch
+
+    from finetune.engine.packed.gpu.blocks import allocated_memory
+    from finetune.engine.packed.gpu.stored_blocks import StoredBlocks
+
+    def count_most(blocks: Any, memory: float, recorded: int = 0) -> int:
+        gpu_memory(memory)
+        stored = StoredBlocks(blocks, "partial")
+        stored.begin_pass(recorded)
+        before = allocated_memory(torch.device("cpu"))
+        assert before is not None
+        return stored.count_most(1, torch.zeros(1), before)
+
+    equal = two_kinds_of_blocks[:2]
+    assert [count_most(equal, blocks) for blocks in (1.5, 2.5)] == [1, 2]
+    assert count_most(equal, 2.5, recorded=900 * MIB) == 1
+    # 3000 MiB each: one that is stored anyway, two for the backward pass, and one more.
+    assert [count_most(two_kinds_of_blocks, blocks) for blocks in (9.5, 10.5)] == [1, 2]
+
+
+def test_only_a_pass_that_has_stored_more_gives_it_up(
+    two_kinds_of_blocks: Any, gpu_memory: Callable[[float], None]
+) -> None:
+    import torch
+
+    from finetune.engine.packed.gpu.stored_blocks import StoredBlocks
+
+    stored = StoredBlocks(two_kinds_of_blocks, "partial")
+    x = torch.zeros(1)
+    assert not stored.give_up()
+    gpu_memory(99)
+    stored.begin_pass(0)
+    assert stored.count_most(1, x, 0) == 3
+    # The next pass is recorded.
+    stored.begin_pass(0)
+    assert not stored.give_up()
+    gpu_memory(99)
+    assert stored.count_most(1, x, 0) == 3
+    assert stored.give_up()
+    assert not stored.give_up()
+    gpu_memory(99)
+    assert stored.count_most(1, x, 0) == 1
