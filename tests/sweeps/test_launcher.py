@@ -310,7 +310,7 @@ def test_a_bases_neediest_job_decides_whether_all_compute_activations_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """So that they share it. Two jobs have no rows, which they say themselves."""
-    monkeypatch.setattr("finetune.run.memory_plan._resident", lambda: 2**28)
+    monkeypatch.setattr("finetune.run.planned_base._resident", lambda: 2**28)
     resources = SharedResources()
     kept, saved, small = (
         plan_memory(
@@ -326,7 +326,8 @@ def test_a_bases_neediest_job_decides_whether_all_compute_activations_twice(
     assert max(saved, small) < memory < kept
     machine = f"""
 import finetune.run.memory_plan
-finetune.run.memory_plan._resident = lambda: 2**28
+import finetune.run.planned_base
+finetune.run.planned_base._resident = lambda: 2**28
 finetune.run.memory_plan.available_memory = lambda gpus: {int(memory)}
 """
     rows = "dataset.path=nowhere.jsonl,python_docs"
@@ -348,7 +349,7 @@ finetune.run.memory_plan.available_memory = lambda gpus: {int(memory)}
 def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
     tiny: Tiny, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.run.memory_plan._resident", lambda: 2**28)
+    monkeypatch.setattr("finetune.run.planned_base._resident", lambda: 2**28)
     resources, wide = (
         SharedResources(),
         f"model.name_or_path={wide_base(tiny_base, tmp_path)}",

@@ -215,7 +215,7 @@ def test_the_plan_is_of_the_fullest_gpu(
 ) -> None:
     config = tiny("trainer.gradient_checkpointing=true")
     plan = plan_memory(config, SharedResources())
-    monkeypatch.setattr("finetune.run.memory_plan.spread_gpus", lambda setting: 2)
+    monkeypatch.setattr("finetune.run.stages.spread_gpus", lambda setting: 2)
     monkeypatch.setattr(
         "finetune.run.memory_plan.available_memory", lambda gpus=1: gpus
     )

@@ -146,7 +146,7 @@ def test_activations_that_would_not_fit_are_computed_twice(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("finetune.run.memory_plan._resident", lambda: 2**28)
+    monkeypatch.setattr("finetune.run.planned_base._resident", lambda: 2**28)
     resources = SharedResources()
     config = tiny("trainer.max_steps=2")
     kept, saved = (

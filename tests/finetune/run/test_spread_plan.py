@@ -20,12 +20,16 @@ def benchmark() -> Iterator[Any]:
 @pytest.fixture
 def pretended_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan of a machine with as many GPUs as are asked for; it reads no weights."""
-    plan, costs = "finetune.run.memory_plan", "finetune.run.memory_costs"
-    monkeypatch.setattr(f"{plan}.on_gpu", lambda: True)
-    monkeypatch.setattr(f"{plan}.spread_gpus", int)
-    monkeypatch.setattr(f"{plan}.available_memory", lambda gpus: 24 * 2**30)
-    monkeypatch.setattr(f"{plan}.supports_gpu_decoder", lambda *_: True)
-    for module in (plan, costs, "finetune.model.loading"):
+    base, stages = "finetune.run.planned_base", "finetune.run.stages"
+    monkeypatch.setattr(f"{base}.on_gpu", lambda: True)
+    monkeypatch.setattr(f"{stages}.spread_gpus", int)
+    memory = "finetune.run.memory_plan.available_memory"
+    monkeypatch.setattr(memory, lambda gpus: 24 * 2**30)
+    monkeypatch.setattr(f"{base}.supports_gpu_decoder", lambda *_: True)
+    for module in (
+        *(base, stages),
+        *("finetune.run.memory_costs", "finetune.model.loading"),
+    ):
         monkeypatch.setattr(f"{module}.compute_dtype", lambda _: torch.bfloat16)
 
 
