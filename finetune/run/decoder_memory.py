@@ -123,7 +123,7 @@ class StoredMemory:
         Args:
             slots: Slots of a pass.
             tokens: In the pass.
-            usable: Bytes for all that the pass allocates.
+            usable: Bytes for all that the layers allocate.
         """
         block = BlockMemory(
             activations=int(tokens * self.layer_bytes),

@@ -88,7 +88,8 @@ class DeviceMemory:
             assert self.recorded is not None
             rows += self.recorded.size(tokens)
         elif self.stored is not None:
-            rows += self.stored.additional_bytes(slots, tokens, limit - throughout)
+            usable = limit - throughout - activations.logits
+            rows += self.stored.additional_bytes(slots, tokens, usable)
         # Of several groups an upper bound: one at a time is in the blocks that are here.
         rows = max(rows, slots * activations.evaluating)
         return int(throughout + activations.logits + rows)
@@ -106,7 +107,7 @@ class DeviceMemory:
         usable = 0.0
         # Recorded passes store the fewest.
         if not self._is_recorded(tokens):
-            usable = limit - self._throughout(slots)
+            usable = limit - self._throughout(slots) - self.activations.logits
         return self.stored.count_layers(slots, tokens, usable) / self.stored.layers
 
     def _throughout(self, slots: int) -> int:

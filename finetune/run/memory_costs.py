@@ -122,12 +122,12 @@ def logits_bytes(shapes: Any, uses_decoder: bool, half_precision: bool) -> int:
     """
     vocabulary: int = shapes.vocab_size
     logit_bytes = 2 if half_precision else 4
-    # Of capped logits a copy is kept for their gradient.
-    copied = logit_bytes if logit_transform_of(shapes).cap is not None else 0
     if uses_decoder:
         from finetune.engine.packed.gpu.decoder import Decoder
 
-        return int(Decoder.logits_chunk * vocabulary * (logit_bytes + copied))
+        return Decoder.count_logits_bytes(shapes, logit_bytes)
+    # Of capped logits a copy is kept for their gradient.
+    copied = logit_bytes if logit_transform_of(shapes).cap is not None else 0
     float32_bytes = 4 + 4
     logit_bytes = float32_bytes + 2 if half_precision else float32_bytes
     return int(AutogradBackend.logits_chunk * vocabulary * (logit_bytes + copied))

@@ -10,7 +10,7 @@ Passes whose kernels are computed faster than they are launched are recorded (`r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,7 +30,7 @@ from finetune.engine.packed.gpu.rms_norm import (
 )
 from finetune.engine.packed.gpu.stored_blocks import StoredBlocks, count_weights
 from finetune.engine.packed.pipeline import PassSteps
-from finetune.model.architectures import text_config_of
+from finetune.model.architectures import logit_transform_of, text_config_of
 from finetune.model.decoder_blocks import decoder_block_of
 from finetune.model.layer_devices import count_stages
 
@@ -87,13 +87,28 @@ class Decoder:
         """Each linear layer's row in the slots' tables."""
         self._contexts = ContextMaker(model, config, block)
         self._is_spread = count_stages(base) > 1
-        self._stored = StoredBlocks(model.layers, gradient_checkpointing)
+        element_bytes = self._embedding.weight.element_size()
+        logits = self.count_logits_bytes(config, element_bytes)
+        self._stored = StoredBlocks(model.layers, gradient_checkpointing, logits)
         self._blocks = DecoderBlocks(
             model, prefix, self._table_rows, config, block, self._stored
         )
         self._recorder = PassRecorder(self._blocks, count_weights(model.layers[0]))
 
     score = staticmethod(cross_entropy)
+
+    @classmethod
+    def count_logits_bytes(cls, shapes: Any, element_bytes: int) -> int:
+        """Return the bytes of a chunk of logits, with their gradient.
+
+        Args:
+            shapes: The base's text config.
+            element_bytes: Bytes of a logit.
+        """
+        # The gradient takes the logits' place; of capped logits a copy is kept for it.
+        copies = 1 if logit_transform_of(shapes).cap is None else 2
+        size: int = cls.logits_chunk * shapes.vocab_size * element_bytes * copies
+        return size
 
     def release_memory(self, trains: bool) -> str | None:
         """See `Backend.release_memory`."""

@@ -11,13 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from finetune.config.sections.trainer import Checkpointing
-from finetune.model.memory import GIB, USABLE, available_memory
+from finetune.model.memory import USABLE, available_memory
 
 WITHIN_PASS = 2
 """Blocks whose activations take at least as much as a backward pass needs within itself."""
-
-LOGITS = GIB
-"""Bytes for a chunk of logits: what the largest vocabularies take (262,144 columns, capped)."""
 
 
 def count_fewest(layers: int, slots: int) -> int:
@@ -56,14 +53,14 @@ def count_most(layers: int, slots: int, block: BlockMemory, usable: int) -> int:
         layers: Blocks of the decoder.
         slots: Slots that train together.
         block: Of the largest block in the pass.
-        usable: Bytes for all that the pass allocates.
+        usable: Bytes for all that the blocks allocate.
 
     Returns:
         A number of blocks, at least `count_fewest`.
     """
     fewest = count_fewest(layers, slots)
     inputs = layers * block.block_input
-    needed = (fewest + WITHIN_PASS) * block.activations + block.weights + LOGITS
+    needed = (fewest + WITHIN_PASS) * block.activations + block.weights
     more = (usable - inputs - needed) // block.activations
     return min(layers, fewest + max(0, more))
 
@@ -72,7 +69,10 @@ class StoredBlocks:
     """Decides for each pass."""
 
     def __init__(
-        self, blocks: Sequence[torch.nn.Module], gradient_checkpointing: Checkpointing
+        self,
+        blocks: Sequence[torch.nn.Module],
+        gradient_checkpointing: Checkpointing,
+        logits: int,
     ) -> None:
         """Memory is not known to be short.
 
@@ -80,6 +80,7 @@ class StoredBlocks:
             blocks: Transformers' modules.
             gradient_checkpointing: As `TrainerSettings` has it: false stores all blocks, true the
                 fewest.
+            logits: Bytes of a chunk of logits, which are there when all activations are.
         """
         self._layers = len(blocks)
         self._block_weights = max(map(count_weights, blocks))
@@ -89,6 +90,7 @@ class StoredBlocks:
         self._stores_all = not gradient_checkpointing
         self._stores_more = gradient_checkpointing == "partial"
         self._has_stored_more = False
+        self._logits = logits
         self._recorded_memory = 0
 
     def begin_pass(self, recorded_memory: int) -> None:
@@ -130,8 +132,9 @@ class StoredBlocks:
             block_input=block_input.nbytes,
             weights=self._block_weights * block_input.element_size(),
         )
-        limit = int(USABLE * available_memory()) - self._recorded_memory
-        stored = count_most(self._layers, slots, block, limit - allocated)
+        taken = allocated + self._recorded_memory + self._logits
+        usable = int(USABLE * available_memory()) - taken
+        stored = count_most(self._layers, slots, block, usable)
         self._has_stored_more = stored > fewest
         return stored
 

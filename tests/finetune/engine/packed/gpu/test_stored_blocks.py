@@ -22,7 +22,7 @@ def test_what_is_stored_fits_beside_the_rest_of_the_pass() -> None:
     )
 
     def taken(blocks: int) -> int:
-        return (blocks + 2) * activations + layers * MIB + weights + GIB
+        return (blocks + 2) * activations + layers * MIB + weights
 
     draw = random.Random(0)
     for _ in range(2000):
@@ -67,9 +67,8 @@ def gpu_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         # Beside the first block, before whose forward pass 1000 MiB are allocated, and two blocks
         # for the backward pass.
         size = (1 + 2 + blocks) * 1000 * MIB
-        monkeypatch.setattr(f"{MODULE}.available_memory", lambda: size / 0.9 + MIB)
+        monkeypatch.setattr(f"{MODULE}.available_memory", lambda: size / 0.9 + 9 * MIB)
 
-    monkeypatch.setattr(f"{MODULE}.LOGITS", 0)
     monkeypatch.setattr("finetune.engine.packed.gpu.blocks.allocated_memory", advance)
     monkeypatch.setattr(f"{MODULE}.allocated_memory", advance)
     return limit
@@ -210,9 +209,11 @@ def test_the_largest_block_and_recorded_passes_leave_room_for_fewer(
     from finetune.engine.packed.gpu.blocks import allocated_memory
     from finetune.engine.packed.gpu.stored_blocks import StoredBlocks
 
-    def count_most(blocks: Any, memory: float, recorded: int = 0) -> int:
+    def count_most(
+        blocks: Any, memory: float, recorded: int = 0, logits: int = 0
+    ) -> int:
         gpu_memory(memory)
-        stored = StoredBlocks(blocks, "partial")
+        stored = StoredBlocks(blocks, "partial", logits)
         stored.begin_pass(recorded)
         before = allocated_memory(torch.device("cpu"))
         assert before is not None
@@ -221,6 +222,7 @@ def test_the_largest_block_and_recorded_passes_leave_room_for_fewer(
     equal = two_kinds_of_blocks[:2]
     assert [count_most(equal, blocks) for blocks in (1.5, 2.5)] == [1, 2]
     assert count_most(equal, 2.5, recorded=900 * MIB) == 1
+    assert count_most(equal, 2.5, logits=900 * MIB) == 1
     # 3000 MiB each: one that is stored anyway, two for the backward pass, and one more.
     assert [count_most(two_kinds_of_blocks, blocks) for blocks in (9.5, 10.5)] == [1, 2]
 
@@ -232,7 +234,7 @@ def test_only_a_pass_that_has_stored_more_gives_it_up(
 
     from finetune.engine.packed.gpu.stored_blocks import StoredBlocks
 
-    stored = StoredBlocks(two_kinds_of_blocks, "partial")
+    stored = StoredBlocks(two_kinds_of_blocks, "partial", logits=0)
     x = torch.zeros(1)
     assert not stored.give_up()
     gpu_memory(99)
