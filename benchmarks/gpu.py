@@ -3,8 +3,8 @@ published models' shapes.
 
     python benchmarks/gpu.py [--sides ours,trl,best,unsloth] [--slots 1,2,4,8,16,auto]
                              [--shapes llama2_7b,…] [--length short,long,turns]
-                             [--checkpointing off,on,partial] [--lora q_v,all_linear] [--quantization nf4]
-                             [--memory GIB] [--gpus N] [--busy] [--tiny]
+                             [--checkpointing off,on,partial] [--lora q_v,all_linear]
+                             [--quantization nf4] [--memory GIB] [--gpus N] [--busy] [--tiny]
 
 The base has random weights in NF4 (or nf4_double, as Unsloth always has it), products are in
 bfloat16. Rows have random tokens, all of which the loss counts: short ones 128 to 512 tokens (mean
@@ -17,11 +17,12 @@ do, and at least 48 are measured. `q_v` is r 64 with dropout 0.1, `all_linear` r
 that can be made of it: Liger's kernels, and no padding, with PyTorch's attention within boundaries
 put in for flash-attn. `unsloth` runs where Unsloth is installed, and alone, as it changes the
 other libraries. The share of the roofline is of this GPU's rate for a bfloat16 matrix product, at
-4 operations a weight and token (6 with checkpointing on; `ours` computes some of them with partial). `--memory` lets no more than so many GiB be
-used of each GPU. `--gpus` spreads the base over so many: `ours` as a pipeline, for `trl` and `best`
-by accelerate's `dispatch_model`, as transformers does it by its device map. `--busy` profiles some
-more steps of `ours`: how long a step takes, how long the GPU computes of that, in ms, and how often
-the host launches something. `--tiny` is a dry run with a small model, on a CPU too.
+4 operations a weight and token (6 with checkpointing on; with partial `ours` computes more than
+the 4). `--memory` lets no more than so many GiB be used of each GPU. `--gpus` spreads the base
+over so many: `ours` as a pipeline, for `trl` and `best` by accelerate's `dispatch_model`, as
+transformers does it by its device map. `--busy` profiles some more steps of `ours`: how long a
+step takes, how long the GPU computes of that, in ms, and how often the host launches something.
+`--tiny` is a dry run with a small model, on a CPU too.
 """
 
 import argparse
@@ -51,6 +52,8 @@ from random_base import (
     write_checkpoint,
 )
 
+from finetune.config.sections.trainer import Checkpointing
+
 WARM = 24
 """Steps before the clock starts: a matrix product's kernel is loaded when its shape is first met,
 which takes milliseconds."""
@@ -64,7 +67,6 @@ STEPS_RECORDED = 48
 PROFILED = 3
 """Steps that `--busy` profiles."""
 
-Checkpointing = bool | str
 CHECKPOINTING: dict[str, Checkpointing] = {
     "off": False,
     "on": True,
@@ -284,9 +286,8 @@ class Case:
         from finetune.model.memory import peak_memory_bytes
 
         free()
-        (saved,) = (
-            word for word, value in CHECKPOINTING.items() if value is self.saving
-        )
+        words = {value: word for word, value in CHECKPOINTING.items()}
+        saved = words[self.saving]
         line = f"| {self.name} | {self.side} | {self.length} | {self.lora} | {saved} | {self.slots} |"
         try:
             run = {"ours": ours, "unsloth": unsloth}.get(self.side, trl)

@@ -57,6 +57,18 @@ def long_rows(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", rows)
 
 
+def wide_overrides(wide_base: Path, tiny_base: Path, long_rows: Path) -> list[str]:
+    """Overrides of a run on the wide base that does nothing but train."""
+    return [
+        *tiny_overrides(tiny_base),
+        f"model.name_or_path={wide_base}",
+        f"dataset.path={long_rows}",
+        "dataset.limit=40",
+        "trainer.eval_steps=0",
+        "sample_prompts=[]",
+    ]
+
+
 def by(one: Any, other: Any) -> float:
     """How far losses are from others, relatively, at most."""
     return max(abs(mine / theirs - 1) for mine, theirs in zip(one, other, strict=True))
@@ -382,16 +394,9 @@ def test_too_little_memory_makes_the_pack_smaller_and_loses_no_run(
     tmp_path: Path,
     little_memory: Callable[[float], None],
 ) -> None:
-    overrides = [
-        *tiny_overrides(tiny_base),
-        f"model.name_or_path={wide_base}",
-        f"dataset.path={long_rows}",
-    ]
+    overrides = wide_overrides(wide_base, tiny_base, long_rows)
     more = [
         "trainer.max_steps=3",
-        "trainer.eval_steps=0",
-        "sample_prompts=[]",
-        "dataset.limit=40",
     ]
     configs = [compose(*overrides, *more, f"seed={seed}") for seed in range(6)]
     resources = SharedResources()
@@ -418,16 +423,9 @@ def test_the_plan_is_the_measured_peak(
     from finetune.model.memory import free_memory
     from finetune.run.memory_plan import plan_memory
 
-    overrides = [
-        *tiny_overrides(tiny_base),
-        f"model.name_or_path={wide_base}",
-        f"dataset.path={long_rows}",
-    ]
+    overrides = wide_overrides(wide_base, tiny_base, long_rows)
     more = [
         "trainer.max_steps=6",
-        "trainer.eval_steps=0",
-        "sample_prompts=[]",
-        "dataset.limit=40",
     ]
     saving = f"trainer.gradient_checkpointing={saves}"
     configs = [
@@ -454,16 +452,11 @@ def test_blocks_are_stored_as_memory_allows_and_change_nothing(
     from finetune.run.memory_plan import plan_memory
 
     config = compose(
-        *tiny_overrides(tiny_base),
-        f"model.name_or_path={wide_base}",
-        f"dataset.path={long_rows}",
-        "dataset.limit=40",
+        *wide_overrides(wide_base, tiny_base, long_rows),
         "trainer.gradient_checkpointing=partial",
         # Too many tokens for a recorded pass, which stores the fewest blocks.
         "trainer.per_device_train_batch_size=20",
         "trainer.max_steps=3",
-        "trainer.eval_steps=0",
-        "sample_prompts=[]",
     )
     need = plan_memory(config, SharedResources()).need()
     peaks, results = [], []
