@@ -85,7 +85,7 @@ class Plan:
     def peak(self, slots: int = 1) -> int:
         """Return the most bytes at once while so many slots train or evaluate.
 
-        With checkpointing on a GPU, blocks keep their activations as memory allows.
+        With partial checkpointing on a GPU, blocks keep their activations as memory allows.
         """
         limit = USABLE * self.available
         return max(self._peak_of(device, slots, limit) for device in self.devices)
