@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from finetune.errors import ConfigError, Interrupted
-from finetune.safe_imports import interrupts_wait_for_imports
+from finetune.interrupt_signals import interrupts_wait_for_imports
 from finetune.version import __version__
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ from finetune.errors import (
 )
 from finetune.exit_codes import INTERRUPTED, MISTAKE, NO_ANSWER
 from finetune.hydra_errors import hydra_error_line
+from finetune.interrupt_signals import raised_interrupts
 from finetune.json_safe import json_safe
 from finetune.version import __version__
 
@@ -70,18 +71,20 @@ def run_command(command: Callable[[], object]) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if not sys.stderr.isatty():
         _hide_download_bars()
-    try:
-        command()
-        # Here, where a reader that has gone can be noticed, and not when the process ends.
-        print(end="", flush=True)
-    except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, BrokenPipeError) and _has_lost_reader():
-            return
-        if shows_traceback:
-            traceback.print_exc()
-        else:
-            print(f"error: {error_line(error)}", file=sys.stderr)
-        sys.exit(exit_code(error))
+    with raised_interrupts() as raised:
+        try:
+            command()
+            # Here, where a reader that has gone can be noticed, and not when the process ends.
+            print(end="", flush=True)
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, BrokenPipeError) and _has_lost_reader():
+                return
+            cause = KeyboardInterrupt() if raised.stand_behind(error) else error
+            if shows_traceback:
+                traceback.print_exc()
+            else:
+                print(f"error: {error_line(cause)}", file=sys.stderr)
+            sys.exit(exit_code(cause))
 
 
 def exit_code(error: BaseException) -> int:

@@ -25,9 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune.compat import hidden_log_handlers
 from finetune.console import error_line, ignore_warnings, restored_warnings
 from finetune.errors import ConfigError, Interrupted
+from finetune.interrupt_signals import interrupts_wait_for_imports, raised_interrupts
 from finetune.model.memory import free_memory, unfreeze_libraries
 from finetune.run.resources import shared_resources
-from finetune.safe_imports import interrupts_wait_for_imports
 
 PACKAGES = ("finetune", "hydra", "hydra_plugins", "sweeps")
 """Packages whose log levels commands set."""
@@ -50,19 +50,23 @@ def in_process() -> Iterator[None]:
         KeyboardInterrupt: Ctrl-C, and SIGTERM in training, also where the block stops cleanly
             after it.
     """
-    if not _CALLS.acquire(blocking=False):
+    if _CALLS.locked():
         raise ConfigError(
             "another run or study trains in this process: wait for its end"
         )
-    with contextlib.ExitStack() as stack:
-        stack.callback(_CALLS.release)
+    # `with` also releases it where Ctrl-C comes as it is acquired.
+    with (
+        _CALLS,
+        interrupts_wait_for_imports(),
+        raised_interrupts() as raised,
+        contextlib.ExitStack() as stack,
+    ):
         for restored in (
             _restored_hydra,
             _restored_logging,
             restored_warnings,
             _restored_environment,
             _restored_random_numbers,
-            interrupts_wait_for_imports,
         ):
             stack.enter_context(restored())
         # tqdm's remark in a notebook without ipywidgets; bars are shown on terminals only.
@@ -71,6 +75,8 @@ def in_process() -> Iterator[None]:
             yield
         except BaseException as error:
             _clear_frames(error)
+            if raised.stand_behind(error):
+                raise KeyboardInterrupt from None
             if isinstance(error, HydraException | OmegaConfBaseException):
                 raise ConfigError(error_line(error)) from error
             # Python's: `except Exception` around a call must not swallow the user's Ctrl-C.

@@ -12,7 +12,7 @@ Both return a `Study`. A mistake in the input raises `finetune.ConfigError`, Ctr
 import importlib
 from typing import TYPE_CHECKING
 
-from finetune.safe_imports import interrupts_wait_for_imports
+from finetune.interrupt_signals import interrupts_wait_for_imports
 
 if TYPE_CHECKING:
     from sweeps.api import Study, Winner, load_study, search

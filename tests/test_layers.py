@@ -53,9 +53,14 @@ LAYERS = (
     ("finetune.commands",),
     ("finetune.config",),
     ("finetune.compat",),
-    ("finetune.generation_arguments", "finetune.json_safe", "finetune.quantities"),
+    (
+        "finetune.generation_arguments",
+        "finetune.interrupt_signals",
+        "finetune.json_safe",
+        "finetune.quantities",
+    ),
     ("finetune.errors",),
-    ("finetune.exit_codes", "finetune.safe_imports", "finetune.version"),
+    ("finetune.exit_codes", "finetune.version"),
 )
 
 LIGHT = (

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from finetune.safe_imports import send_after_import
+from finetune.interrupt_signals import send_after_import
 
 
 class Interrupt:
