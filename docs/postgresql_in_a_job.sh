@@ -3,11 +3,11 @@
 #
 #   export PGPASSWORD=…                               # of the studies' user: choose one
 #   bash postgresql_in_a_job.sh DATA COMMAND…         # COMMAND finds the address in STUDY_DATABASE
-#   LISTEN=$(hostname) bash postgresql_in_a_job.sh DATA    # until Ctrl-C, or until the job ends
+#   LISTEN=this_host bash postgresql_in_a_job.sh DATA      # until Ctrl-C, or until the job ends
 #
 # DATA is the database's folder: made at first, used again later. On a local disk it is faster.
 # The address is also written to DATA.address, for jobs elsewhere that share DATA's file system.
-#   LISTEN   the name of this host, where workers on other hosts connect; default 127.0.0.1
+#   LISTEN   this_host, or its name, where workers on other hosts connect; default 127.0.0.1
 #   PGPORT   the port; default a free one
 #   MAX_CONNECTIONS   default 300; a worker uses up to three
 # The server asks every user for the password and has no Unix socket.
@@ -17,6 +17,7 @@ data=$(realpath -m "${1:?DATA, the database\'s folder, is missing}")
 shift
 : "${PGPASSWORD:?must be set: the password of the studies\' user}"
 listen=${LISTEN:-127.0.0.1}
+[ "$listen" != this_host ] || listen=$(hostname)
 user=studies
 
 # Debian and the packages of postgresql.org leave the server's programs out of PATH.

@@ -136,6 +136,20 @@ def test_the_server_asks_for_the_password_and_listens_on_this_host_only(
     assert not servers(place)
 
 
+@pytest.mark.slow
+def test_it_listens_under_the_name_of_the_host_that_it_runs_on(
+    start: Callable[..., "subprocess.Popen[str]"], place: Path
+) -> None:
+    """A job's host is not the one on which it was queued."""
+    (place / "hostname").write_text("#!/bin/sh\necho localhost\n")
+    (place / "hostname").chmod(0o755)
+    path = f"{place}:{os.environ['PATH']}"
+    command = ("bash", "-c", "echo $STUDY_DATABASE")
+    code, out, error = said(start(*command, LISTEN="this_host", PATH=path))
+    assert code == 0, error
+    assert out.startswith("postgresql://studies@localhost:")
+
+
 def _script_of(process: "subprocess.Popen[str]") -> psutil.Process:
     """The script's process: `runuser` stands before it as root."""
     children = psutil.Process(process.pid).children() if os.getuid() == 0 else []

@@ -34,7 +34,8 @@ def write_text(path: Path, text: str, *, single_writer: bool = False) -> None:
     Raises:
         OSError: The file can't be written (disk full); the message names `path`.
     """
-    suffix = "draft" if single_writer else os.getpid()
+    # Not the process's number: another host that shares the disk may have the same one.
+    suffix = "draft" if single_writer else os.urandom(4).hex()
     draft = path.with_name(f".{path.name}.{suffix}")
     try:
         with name_file_in_errors(path):

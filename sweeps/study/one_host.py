@@ -82,8 +82,7 @@ class Hold:
         if not self._kind.startswith(NETWORK_FILE_SYSTEMS):
             return
         record = file.with_name(file.name + ".host")
-        self._refuse_other_host(record)
-        write_json(record, this_host())
+        self._take(record)
         is_over = threading.Event()
         renewal = threading.Thread(
             target=_renew, args=(record, is_over, self._is_lost), daemon=True
@@ -96,17 +95,27 @@ class Hold:
         if self._is_lost.is_set():
             raise self._refusal("another host")
 
-    def _refuse_other_host(self, record: Path) -> None:
+    def _take(self, record: Path) -> None:
         written = read_json(record)
-        if written is None or written == this_host():
-            return
+        if written is not None:
+            if _is_this_host(written):
+                return
+            self._refuse_renewed(record, written["host"])
+        write_json(record, this_host())
+        # Of hosts that begin together, the one that wrote last has it.
+        time.sleep(RENEW_SECONDS / 10)
+        written = read_json(record)
+        if not _is_this_host(written):
+            raise self._refusal(written["host"] if written else "another host")
+
+    def _refuse_renewed(self, record: Path, host: str) -> None:
         # By changes instead of ages: the clocks of two hosts differ.
         before = record.stat().st_mtime_ns
         end = time.monotonic() + WATCHED_RENEWALS * RENEW_SECONDS
         while time.monotonic() < end:
             time.sleep(RENEW_SECONDS / 10)
             if record.stat().st_mtime_ns != before:
-                raise self._refusal(written["host"])
+                raise self._refusal(host)
 
     def _refusal(self, host: str) -> ConfigError:
         reason = (
@@ -118,9 +127,23 @@ class Hold:
         return refusal(STORAGE_KEY, written, reason)
 
 
+def _is_this_host(written: dict[str, str] | None) -> bool:
+    """Whether a record is this host's, of whichever container."""
+    return written is not None and written["kernel"] == this_host()["kernel"]
+
+
 def _renew(record: Path, is_over: threading.Event, is_lost: threading.Event) -> None:
+    failures = 0
     while not is_over.wait(RENEW_SECONDS):
-        if read_json(record) != this_host():
-            is_lost.set()
-            return
-        record.touch()
+        try:
+            if not _is_this_host(read_json(record)):
+                is_lost.set()
+                return
+            record.touch()
+            failures = 0
+        except (OSError, ConfigError):
+            # The file system is out of reach. After so long another host has taken over.
+            failures += 1
+            if failures == WATCHED_RENEWALS:
+                is_lost.set()
+                return

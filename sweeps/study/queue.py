@@ -101,6 +101,10 @@ def job_workers(
     key = "hydra.launcher.workers_per_job"
     if not isinstance(workers, int) or workers < 1:
         raise refusal(key, workers, "must be at least 1")
+    nodes = config.hydra.launcher.get("nodes")
+    if nodes not in (None, 1):
+        reason = "the workers of a job are on one node; hydra.sweeper.n_jobs gives further jobs"
+        raise refusal("hydra.launcher.nodes", nodes, reason)
     total = settings.n_jobs or workers
     if total % workers:
         reason = f"hydra.sweeper.n_jobs={total} must be a multiple of it"
@@ -154,7 +158,7 @@ def submit(
         raise ConfigError(f"hydra.launcher: {error}") from None
     except submitit.core.utils.FailedJobError as error:
         raise ConfigError(f"hydra/launcher=slurm: sbatch: {error}") from None
-    write_queued(folder, queue, [job.job_id for job in queued])
+    write_queued(folder, queue, {job.job_id: job.paths.folder for job in queued})
     return queued
 
 

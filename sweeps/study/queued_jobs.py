@@ -6,7 +6,7 @@ They may wait in the queue for long, before the study has begun.
 import logging
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune.files.atomic import read_json, write_json
@@ -21,21 +21,25 @@ OUTCOME = "outcome.json"
 """The exit code and the error of a job, in the folder of its log."""
 
 
-def write_queued(folder: Path, queue: str, numbers: Sequence[str]) -> None:
+def write_queued(folder: Path, queue: str, jobs: Mapping[str, Path]) -> None:
     """Write the jobs that were queued.
 
     Args:
         folder: the study's folder.
         queue: the queue, as submitit names it: `slurm` or `local`.
-        numbers: the jobs' numbers, or those of the processes.
+        jobs: the jobs' numbers, or those of the processes, with the folders of their logs.
     """
-    write_json(folder / QUEUED, {"queue": queue, "jobs": list(numbers)})
+    logs = [str(path) for path in jobs.values()]
+    write_json(folder / QUEUED, {"queue": queue, "jobs": list(jobs), "logs": logs})
 
 
-def queued_numbers(folder: Path) -> list[str]:
-    """Return the numbers of the jobs that were queued last; none while they are being queued."""
-    entry = read_json(folder / QUEUED) or {"jobs": []}
-    return list(entry["jobs"])
+def queued_logs(folder: Path) -> dict[str, Path]:
+    """Return the jobs that were queued last, as `write_queued` takes them.
+
+    There are none while they are being queued.
+    """
+    entry = read_json(folder / QUEUED) or {"jobs": [], "logs": []}
+    return dict(zip(entry["jobs"], map(Path, entry["logs"]), strict=True))
 
 
 def describe_jobs(queue: str, numbers: Sequence[str]) -> str:
@@ -50,6 +54,11 @@ def describe_queued(folder: Path) -> str | None:
     entry = read_json(folder / QUEUED)
     if entry is None:
         return None
+    for number, logs in queued_logs(folder).items():
+        outcome = read_json(logs / OUTCOME) or {}
+        if outcome.get("error"):
+            job = describe_jobs(entry["queue"], [number])
+            return f"has not begun, because of an error ({job}): {outcome['error']}"
     jobs = describe_jobs(entry["queue"], entry["jobs"])
     return f"no job of it has begun yet ({jobs})"
 

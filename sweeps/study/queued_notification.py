@@ -15,7 +15,7 @@ from finetune.console import error_line
 from finetune.exit_codes import INTERRUPTED
 from finetune.files.atomic import read_json, write_json
 from finetune.notification import Event, notify
-from sweeps.study.queued_jobs import OUTCOME, numbers_in_queue, queued_numbers
+from sweeps.study.queued_jobs import OUTCOME, numbers_in_queue, queued_logs
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +80,13 @@ class QueuedStudy:
         try:
             # First, so that of jobs that end together one at least sees the outcomes of all.
             write_json(logs / OUTCOME, outcome)
-            numbers = queued_numbers(self.folder)
+            queued = queued_logs(self.folder)
             # Else they are those of an earlier session: these are being queued.
-            others = set(numbers) - {number} if number in numbers else set()
+            others = queued if number in queued else {}
             ended = {
-                other: read_json(Path(str(logs).replace(number, other)) / OUTCOME)
+                other: read_json(others[other] / OUTCOME)
                 for other in others
+                if other != number
             }
             if _are_left(ended):
                 return

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -154,8 +153,11 @@ class Session:
         return self.folder / self.file_prefix("stop")
 
     def file_prefix(self, purpose: str) -> str:
-        """Return the name of a file that belongs to this session, in the study's folder."""
-        return f".{purpose}-{socket.gethostname()}-{self.sweeper.pid}"
+        """Return the name of a file that belongs to this session, in the study's folder.
+
+        It is the same on all hosts of the session.
+        """
+        return f".{purpose}-{self.sweeper.host}-{self.sweeper.pid}"
 
     @property
     def is_orphaned(self) -> bool:

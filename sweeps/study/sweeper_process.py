@@ -7,6 +7,7 @@ the command's process lives, where it can see that.
 
 import contextlib
 import os
+import socket
 from dataclasses import dataclass, field
 
 from sweeps.study.leases import MACHINE
@@ -26,6 +27,7 @@ class SweeperProcess:
 
     pid: int = field(default_factory=os.getpid)
     process_table: str = field(default_factory=_process_table)
+    host: str = field(default_factory=socket.gethostname)
 
     @property
     def is_this(self) -> bool:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -44,6 +45,7 @@ class Worker:
 
     def __call__(self, composed: DictConfig) -> float:
         """Train trials until none is left; return the number of trials that ended."""
+        _enter_directory(self.session)
         below_live_table = not self.session.sweeper.is_this and sys.stderr.isatty()
         # The launcher numbers its jobs from 0.
         index = HydraConfig.get().job.num
@@ -109,6 +111,13 @@ class Worker:
         if self.only is not None:
             return trial.number == self.only
         return not needs_isolation(trial)
+
+
+def _enter_directory(session: Session) -> None:
+    """Go to the directory of the command, where its relative paths begin: Ray's workers are not."""
+    directory = Path(session.config.hydra.runtime.cwd)
+    if directory.is_dir():
+        os.chdir(directory)
 
 
 def _select_gpus(session: Session, index: int) -> None:

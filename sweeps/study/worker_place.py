@@ -7,7 +7,6 @@ each worker that lives keeps its base, and no two load one into the same GPU.
 """
 
 import contextlib
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,8 +43,8 @@ def has_begun(session: Session) -> bool:
 
 
 def remove_free_places(session: Session) -> None:
-    """Remove the lock files of this machine's workers that have ended, of killed sessions too."""
-    for path in session.folder.glob(f".worker-{socket.gethostname()}-*.lock"):
+    """Remove the lock files of workers that have ended, also of this host's killed sessions."""
+    for path in session.folder.glob(f".worker-{session.sweeper.host}-*.lock"):
         # Under the lock, as a file that another worker has just opened is not the same later. On a
         # full disk it stays, and what has ended the session is the error.
         with contextlib.suppress(OSError), file_lock(path, wait=False):

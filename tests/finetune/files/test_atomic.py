@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,20 @@ def test_a_single_writer_overwrites_the_draft_of_a_killed_process(
     (tmp_path / ".report.html.draft").write_text("half")
     write_text(tmp_path / "report.html", "whole", single_writer=True)
     assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_writers_at_the_same_time_do_not_meet(tmp_path: Path) -> None:
+    """As on two hosts that share a disk, whose processes may have the same number."""
+    texts = [letter * 100_000 for letter in "abcd"]
+
+    def write(text: str) -> None:
+        for _ in range(50):
+            write_text(tmp_path / "file", text)
+            assert (tmp_path / "file").read_text() in texts
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(write, texts))
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_json_that_is_not_finite_is_null(tmp_path: Path) -> None:

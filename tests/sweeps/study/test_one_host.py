@@ -1,10 +1,12 @@
 """Who may write to a journal on a network file system."""
 
+import errno
 import gc
 import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.studies import made_study
@@ -99,6 +101,83 @@ def test_a_host_that_slept_while_another_took_over_writes_no_more(
     hold.require()
     one_host.write_json(tmp_path / "study.journal.host", OTHER_HOST)
     time.sleep(0.4)
+    with pytest.raises(ConfigError, match="another host writes to it"):
+        hold.require()
+
+
+def test_of_hosts_that_begin_together_one_writes(
+    network_file_system: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has seen no record, before the other one wrote its own."""
+    host = threading.local()
+    both_have_looked = threading.Barrier(2)
+    read = one_host.read_json
+    holds: list[Hold] = []
+    refused: list[str] = []
+
+    def look(path: Path) -> Any:
+        record = read(path)
+        if not getattr(host, "has_looked", False):
+            host.has_looked = True
+            both_have_looked.wait(10)
+        return record
+
+    def begin(name: str) -> None:
+        host.name = name
+        try:
+            holds.append(Hold(tmp_path / "study.journal"))
+        except ConfigError as error:
+            refused.append(str(error))
+
+    names = lambda: {"host": host.name, "kernel": host.name}  # noqa: E731
+    monkeypatch.setattr(one_host, "read_json", look)
+    monkeypatch.setattr(one_host, "this_host", names)
+    monkeypatch.setattr(one_host, "_renew", lambda *_: None)
+    threads = [threading.Thread(target=begin, args=(name,)) for name in ("n1", "n2")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(holds) == len(refused) == 1
+    record: Any = read(tmp_path / "study.journal.host")
+    winner = record["host"]
+    assert f"and {winner} writes to it" in refused[0]
+
+
+def test_containers_of_one_machine_write_together(
+    network_file_system: None, tmp_path: Path
+) -> None:
+    record = tmp_path / "study.journal.host"
+    one_host.write_json(record, {**one_host.this_host(), "host": "a-container"})
+    hold = Hold(tmp_path / "study.journal")
+    time.sleep(0.3)
+    hold.require()
+
+
+@pytest.mark.parametrize("outage", [1, 10])
+def test_a_host_whose_file_system_is_out_of_reach_gives_up_once_another_may_write(
+    outage: int,
+    network_file_system: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hold = Hold(tmp_path / "study.journal")
+    read, failures = one_host.read_json, iter(range(outage))
+    is_back = threading.Event()
+
+    def fail(path: Path) -> object:
+        if next(failures, None) is None:
+            is_back.set()
+            return read(path)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(one_host, "read_json", fail)
+    if outage < one_host.WATCHED_RENEWALS:
+        assert is_back.wait(10)
+        hold.require()
+        return
+    assert hold._is_lost.wait(10)
     with pytest.raises(ConfigError, match="another host writes to it"):
         hold.require()
 

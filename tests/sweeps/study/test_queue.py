@@ -20,10 +20,11 @@ from support.studies import settings_of, sweeper_config
 from finetune.config.sections.notify import NotifySettings
 from finetune.errors import ConfigError, Interrupted
 from finetune.exit_codes import INTERRUPTED
+from finetune.files.atomic import write_json
 from sweeps.queued_session import QueuedSession
 from sweeps.study.errors import StorageLost, WorkersLost
 from sweeps.study.queue import _parameters, job_workers, queue_name
-from sweeps.study.queued_jobs import describe_queued, write_queued
+from sweeps.study.queued_jobs import OUTCOME, describe_queued, write_queued
 from sweeps.study.queued_notification import QueuedStudy
 from sweeps.study.study import Study
 from sweeps.sweeper import StudySweeper
@@ -68,6 +69,10 @@ def test_workers_fill_the_jobs() -> None:
         workers(fill, "hydra.sweeper.n_jobs=6")
     with pytest.raises(ConfigError, match=r"workers_per_job=0: must be at least 1"):
         workers("hydra.launcher.workers_per_job=0")
+    # Python runs on a job's first node alone: the others would idle.
+    with pytest.raises(ConfigError, match=r"nodes=2: the workers of a job are on one"):
+        workers("hydra.launcher.nodes=2")
+    assert workers("hydra.launcher.nodes=null") == (1, 1)
     assert job_workers(sweeper_config(LOCAL), settings_of(LOCAL), "local") == (1, None)
 
 
@@ -113,11 +118,17 @@ def test_the_preset_has_all_keys_of_the_plugin() -> None:
 
 def test_queued_jobs_are_described_until_the_study_begins(tmp_path: Path) -> None:
     assert describe_queued(tmp_path) is None
-    write_queued(tmp_path, "slurm", ["12_0", "12_1"])
+    logs = {number: tmp_path / number for number in ("12_0", "12_1")}
+    write_queued(tmp_path, "slurm", logs)
     assert describe_queued(tmp_path) == (
         "no job of it has begun yet (2 Slurm jobs 12_0, 12_1)"
     )
-    write_queued(tmp_path, "local", ["77"])
+    logs["12_1"].mkdir()
+    write_json(logs["12_1"] / OUTCOME, {"exit_code": 1, "error": "no GPU is here"})
+    assert describe_queued(tmp_path) == (
+        "has not begun, because of an error (1 Slurm job 12_1): no GPU is here"
+    )
+    write_queued(tmp_path, "local", {"77": tmp_path / "77"})
     assert describe_queued(tmp_path) == "no job of it has begun yet (process 77)"
 
 
@@ -144,13 +155,14 @@ def queued_study(place: Path, monkeypatch: pytest.MonkeyPatch) -> QueuedStudy:
     """A study of three jobs in a queue that has none of them any more."""
     command = NotifySettings(command=["sh", "-c", f"cd {place}; {TELLS}"])
     folder = place / "s"
-    for number in range(3):
-        (folder / "logs" / f"12_{number}").mkdir(parents=True)
+    logs = {f"12_{number}": folder / "logs" / f"12_{number}" for number in range(3)}
+    for path in logs.values():
+        path.mkdir(parents=True)
     in_queue = "sweeps.study.queued_notification.numbers_in_queue"
     monkeypatch.setattr(in_queue, lambda numbers: set())
     study = QueuedStudy("s", folder, command)
     study.begin_session()
-    write_queued(folder, "slurm", ["12_0", "12_1", "12_2"])
+    write_queued(folder, "slurm", logs)
     return study
 
 

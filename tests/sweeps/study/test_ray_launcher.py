@@ -1,6 +1,7 @@
 """Studies on a Ray cluster that runs already, and on one of their own."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -80,7 +81,11 @@ def test_a_running_cluster_trains_a_study_and_goes_on(
         "hydra.launcher.ray.remote.num_gpus=0",
         "hydra.sweeper.n_jobs=2",
         "hydra.sweeper.n_trials=4",
+        # Ray's workers begin in the directory of `ray start`.
+        "dataset.path=mine.jsonl",
     )
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(40)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     ended = run_cli(*study_overrides(tiny_base, "s"), *more, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     study = Study.load(tmp_path / "outputs/sweeps/s")

@@ -1,6 +1,8 @@
 """The places of a session's workers, one for each GPU: a new worker waits for the one before."""
 
 import contextlib
+import pickle
+import socket
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +43,19 @@ def test_a_worker_waits_for_its_own_place_alone(
         assert not went_on.wait(0.2)
     assert went_on.wait(10)
     thread.join()
+
+
+def test_workers_on_other_hosts_share_the_session_s_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_of(tmp_path)
+    stop = session.file_prefix("stop")
+    elsewhere = session_of(tmp_path)
+    elsewhere.sweeper = pickle.loads(pickle.dumps(session.sweeper))
+    monkeypatch.setattr(socket, "gethostname", lambda: "another-host")
+    assert elsewhere.file_prefix("stop") == stop
+    with worker_place(elsewhere, 0):
+        assert has_begun(session)
 
 
 def test_places_whose_workers_have_ended_leave_no_file(tmp_path: Path) -> None:
