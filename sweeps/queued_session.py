@@ -20,6 +20,7 @@ from finetune.__main__ import resume, task
 from finetune.app import run_app
 from finetune.console import error_line, exit_code, quiet_libraries
 from finetune.errors import Interrupted
+from finetune.interrupt_signals import raised_interrupts
 from sweeps.study.queued_notification import QueuedStudy
 
 if TYPE_CHECKING:
@@ -58,8 +59,11 @@ class QueuedSession:
         signal.signal(signal.SIGUSR2, end_session)
         signal.signal(signal.SIGTERM, _interrupt)
         try:
-            self._run()
-        except (Exception, KeyboardInterrupt) as error:
+            with raised_interrupts() as raised:
+                self._run()
+        except (Exception, KeyboardInterrupt) as raised_error:
+            stands_for_interrupt = raised.stand_behind(raised_error)
+            error = KeyboardInterrupt() if stands_for_interrupt else raised_error
             is_interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
             if is_interrupted and is_called_back:
                 requeue(signal.SIGUSR2, None)
@@ -70,7 +74,7 @@ class QueuedSession:
                     self._end(error)
                 _await_kill()
             self._end(error)
-            raise
+            raise error from None
         self._end(None)
 
     def checkpoint(self) -> "DelayedSubmission":

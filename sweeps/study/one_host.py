@@ -97,9 +97,9 @@ class Hold:
 
     def _take(self, record: Path) -> None:
         written = read_json(record)
+        if _is_this_host(written):
+            return
         if written is not None:
-            if _is_this_host(written):
-                return
             self._refuse_renewed(record, written["host"])
         write_json(record, this_host())
         # Of hosts that begin together, the one that wrote last has it.
@@ -109,10 +109,10 @@ class Hold:
             raise self._refusal(written["host"] if written else "another host")
 
     def _refuse_renewed(self, record: Path, host: str) -> None:
-        # By changes instead of ages: the clocks of two hosts differ.
+        # By changes instead of ages: the clocks of two hosts differ. By looks instead of a span of
+        # time, in which this process may have been stopped.
         before = record.stat().st_mtime_ns
-        end = time.monotonic() + WATCHED_RENEWALS * RENEW_SECONDS
-        while time.monotonic() < end:
+        for _ in range(10 * WATCHED_RENEWALS):
             time.sleep(RENEW_SECONDS / 10)
             if record.stat().st_mtime_ns != before:
                 raise self._refusal(host)
