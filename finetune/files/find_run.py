@@ -1,5 +1,6 @@
 """Find a run by its folder, by its name under `outputs/runs`, or as the newest one."""
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,10 +72,13 @@ def fetch_run(mirror: "Mirror", name: str) -> Path:
 
 def _runs() -> list[Path]:
     """Return the folders of all runs under `outputs/runs`, the newest last."""
-    identities = list(RUNS.glob("*/*/run.json"))
-    # Written when a run begins or resumes.
-    identities.sort(key=lambda path: path.stat().st_mtime_ns)
-    return [path.parent for path in identities]
+    begun = {}
+    for identity in RUNS.glob("*/*/run.json"):
+        # A run that another process removes meanwhile is left out.
+        with contextlib.suppress(FileNotFoundError):
+            # Written when a run begins or resumes.
+            begun[identity.parent] = identity.stat().st_mtime_ns
+    return sorted(begun, key=begun.__getitem__)
 
 
 def _no_such_run(key: str, name: str, runs: list[Path]) -> ConfigError:

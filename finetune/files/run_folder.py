@@ -83,10 +83,12 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all complete lines, oldest first; a kill may have cut the last one short."""
-        if not self._metrics.exists():
+        try:
+            text = self._metrics.read_text(encoding="utf-8")
+        except FileNotFoundError:
             return []
         rows = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+        for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
         return rows

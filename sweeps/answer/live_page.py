@@ -78,8 +78,10 @@ class LivePage:
 
     def answer(self) -> bytes | None:
         """Return the content of `answer.json`; None: there is none yet."""
-        file = self.folder / ANSWER
-        return file.read_bytes() if file.is_file() else None
+        try:
+            return (self.folder / ANSWER).read_bytes()
+        except FileNotFoundError:
+            return None
 
     def _refresh(self) -> None:
         if time.monotonic() < self._rests_until:
@@ -91,7 +93,7 @@ class LivePage:
     def _state(self) -> object:
         patterns = JOB_FILES if self._is_multirun else STUDY_FILES
         files = [
-            (path.name, path.parent.name, path.stat().st_mtime_ns, path.stat().st_size)
+            (path.name, path.parent.name, *_read_stamp(path))
             for pattern in patterns
             for path in sorted(self.folder.glob(pattern))
         ]
@@ -130,3 +132,12 @@ class LivePage:
     def _snapshot(self) -> Study:
         # The jobs of a multirun are read from their folders; a study's storage gives what is new.
         return load_study(self.folder) if self._is_multirun else snapshot(self._study)
+
+
+def _read_stamp(path: Path) -> tuple[int, int] | tuple[()]:
+    """Return when a file was written and its size; empty where it has gone meanwhile."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return ()
+    return stat.st_mtime_ns, stat.st_size

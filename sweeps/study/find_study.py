@@ -25,10 +25,10 @@ def study_folders() -> list[Path]:
 
 def begun(folder: Path) -> float:
     """Return when the study in a folder began, in Unix time."""
-    file = folder / _STUDY
-    if not file.exists():
-        file = folder / _MULTIRUN
-    return file.stat().st_mtime
+    try:
+        return (folder / _STUDY).stat().st_mtime
+    except FileNotFoundError:
+        return (folder / _MULTIRUN).stat().st_mtime
 
 
 def find_study(name: str) -> "Study":

@@ -137,7 +137,10 @@ def _common_config(folder: Path, runs: Sequence[RunFolder]) -> RunConfig:
 
 def _overrides(run: RunFolder) -> list[str]:
     path = run.path / ".hydra" / "overrides.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        return list(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return []
 
 
 def _choices(

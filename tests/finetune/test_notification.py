@@ -5,12 +5,12 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from support.bad_input import Workplace
 from support.commands import SLOW_STEPS, Station, wait_until
 from support.configs import compose, tiny_overrides
 from support.notifications import TELLS, told
+from support.processes import children_with
 
 from finetune.config.sections.notify import NotifySettings
 from finetune.errors import ConfigError
@@ -47,8 +47,7 @@ def test_a_command_that_fails_is_one_warning(
     assert record.levelno == logging.WARNING
     assert line in record.message
     assert record.message.endswith("(event completed)")
-    sleeping = [child.cmdline() for child in psutil.Process().children(recursive=True)]
-    assert not [words for words in sleeping if words[:1] == ["sleep"]]
+    assert not children_with("sleep", recursive=True)
 
 
 def test_output_goes_to_the_log_and_a_process_left_behind_is_not_waited_for(

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from support.commands import Station
 from support.configs import study_overrides
 from support.loaded_models import loaded_models
+from support.processes import children_with
 from support.studies import PRUNED, made_study, trial
 
 import finetune
@@ -122,9 +122,7 @@ def test_processes_of_several_workers_end_with_the_study(
     study = sweeps.search(*overrides, "study=s4", "hydra.sweeper.n_jobs=2")
 
     assert len(study.trials_dataframe()) == 3
-    children = psutil.Process().children(recursive=True)
-    commands = [" ".join(child.cmdline()) for child in children]
-    assert not [command for command in commands if "popen_loky" in command]
+    assert not children_with("popen_loky", recursive=True)
 
 
 def test_the_report_is_written(study: sweeps.Study) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from support.matrix import further
+from support.processes import children_with
 from support.rows import Settings, chat, store_rows, texts
 from support.runs import write_jsonl
 
@@ -37,8 +38,7 @@ def working_children() -> list[psutil.Process]:
 
     Other tests' helpers are its children too.
     """
-    children = psutil.Process().children()
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return children_with("spawn_main")
 
 
 def numbers_and_process(rows: Sequence[Row]) -> tuple[list[int], int]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState, create_trial
 from support.browser import screenshot
-from support.commands import SLOW_STEPS, Forked, Station, wait_until
+from support.commands import Forked, Station, wait_until
 from support.configs import study_overrides
+from support.gates import gate, gated
 from support.studies import COMPLETE, FAIL, PRUNED, made_study, trial
 from support.study_folder import folder_of
 
 from finetune.exit_codes import ANSWER, MISTAKE
+from sweeps.answer import live_page
 from sweeps.answer.live_page import LivePage
 from sweeps.study.study import Study
 
@@ -136,8 +139,9 @@ def test_nothing_is_written_into_the_study(served: tuple[Path, int]) -> None:
 
 
 def test_a_page_is_built_again_when_the_study_has_changed_and_then_rests(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(live_page, "REST", 10_000)
     study = made_study(tmp_path / "s", [])
     page = LivePage(study.folder)
     first = page.current()
@@ -158,6 +162,28 @@ def test_a_page_is_built_again_when_the_study_has_changed_and_then_rests(
     page._rests_until = 0
     page.current()
     assert page.builds == 4
+
+
+def test_files_that_go_while_a_page_is_built_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the winner's folder, when another trial wins."""
+    study = made_study(tmp_path / "s", [trial(random.Random(0))])
+    page = LivePage(study.folder)
+    samples = study.folder / "best/samples.json"
+    samples.parent.mkdir()
+    samples.write_text("{}")
+    glob = Path.glob
+
+    def glob_before_a_removal(folder: Path, pattern: str) -> list[Path]:
+        paths = list(glob(folder, pattern))
+        samples.unlink(missing_ok=True)
+        return paths
+
+    monkeypatch.setattr(Path, "glob", glob_before_a_removal)
+    page._rests_until = 0
+    assert "1 complete" in page.current().html
+    assert not samples.exists()
 
 
 def test_the_end_frees_the_port(station: Station, tmp_path: Path) -> None:
@@ -253,7 +279,10 @@ def test_a_page_keeps_what_its_reader_has_done_while_the_study_grows(
     hidden = """document.getElementById('chart-curves').data
         .filter(line => line.visible === 'legendonly').map(line => line.name)"""
     # Plotly waits whether a second click follows.
-    page.wait_for_timeout(1000)
+    end = time.monotonic() + 30
+    while not page.evaluate(hidden) or page.evaluate(zoom)[0] <= 5:
+        assert time.monotonic() < end
+        page.wait_for_timeout(100)
     changed = page.evaluate(zoom), sorted({*page.evaluate(hidden)})
     assert changed[0][0] > 5, "the mouse has zoomed"
     assert changed[1], "the mouse has hidden a line"
@@ -322,7 +351,8 @@ def test_a_page_follows_a_study_from_before_its_first_trial_to_its_answer(
 ) -> None:
     more = ("n_trials=3", "trainer.max_steps=6", "trainer.eval_steps=2")
     study = (*study_overrides(tiny_base, "s"), *more)
-    trains = station.start(*study, cwd=tmp_path, before=SLOW_STEPS)
+    gates = tmp_path / "gate"
+    trains = station.start(*study, cwd=tmp_path, before=gated(gates))
     wait_until((folder_of(tmp_path) / "study.json").exists, trains)
     process, port = watched(station, tmp_path)
     watchers = [Watcher(browser, port, width) for width in (1280, 390)]
@@ -330,6 +360,8 @@ def test_a_page_follows_a_study_from_before_its_first_trial_to_its_answer(
     page.locator("header .verdict", has_text="no trial is complete yet").wait_for()
     screenshot(page, "watched-first")
     assert trains.poll() is None
+    for number in (1, 2, 3):
+        gate(gates, number, "open").touch()
     page.locator("#leaderboard").wait_for(timeout=60_000)
     ended = trains.wait()
     assert ended.returncode == 0, ended.stderr

@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from support.commands import Station
 from support.configs import study_overrides
 from support.notifications import COMMAND, TELLS, told
+from support.processes import children_with
 from support.slurm import Cluster, running_cluster
 from support.studies import settings_of, sweeper_config
 
@@ -369,11 +370,7 @@ def begun_job(station: Station, tiny_base: Path, place: Path) -> psutil.Process:
     queued = place / "outputs/sweeps/s/queued.json"
     (controller,) = json.loads(queued.read_text())["jobs"]
     wait_for(lambda: len(steps_of(place, 0)) > 5)
-    (job,) = [
-        child
-        for child in psutil.Process(int(controller)).children()
-        if "submitit.core._submit" in child.cmdline()
-    ]
+    (job,) = children_with("submitit.core._submit", int(controller))
     return job
 
 

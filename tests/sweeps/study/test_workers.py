@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from optuna.trial import TrialState
 from support.commands import SLOW_STEPS, Station, run_cli, wait_until
 from support.configs import study_overrides
 from support.matrix import further
+from support.processes import children_with
 from support.study_folder import (
     folder_of,
     read,
@@ -190,11 +190,7 @@ def test_workers_that_still_load_are_not_started_again_after_a_signal_to_all(
     more = ("hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2")
     process = start_slowly([*study_overrides(tiny_base, "s"), *more], tmp_path)
 
-    def loading() -> list[psutil.Process]:
-        children = psutil.Process(process.pid).children()
-        return [child for child in children if "popen_loky" in str(child.cmdline())]
-
-    wait_until(lambda: len(loading()) == 2, process)
+    wait_until(lambda: len(children_with("popen_loky", process.pid)) == 2, process)
     os.killpg(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=120)
 
