@@ -58,7 +58,7 @@ def start(place: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
 
 
 def said(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=240)
     return process.returncode, out, error
 
 
@@ -71,7 +71,7 @@ def servers(place: Path) -> list[str]:
 
 
 def wait_for_address(place: Path) -> str:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not (place / "db.address").exists():
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -408,6 +408,7 @@ class InterruptingFinder:
             signal.raise_signal(signal.SIGINT)
 
 sys.meta_path.insert(0, InterruptingFinder())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 import finetune
 words = sys.argv[2:]
 try:

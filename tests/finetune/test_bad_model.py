@@ -106,6 +106,7 @@ def silent_server() -> Iterator[str]:
             yield f"http://127.0.0.1:{server.getsockname()[1]}"
         finally:
             patience.cancel()
+            server.shutdown(socket.SHUT_RDWR)  # ends the thread that accepts
             hang_up()
 
 

@@ -39,7 +39,8 @@ COMMAND = f"notify.command=[sh,-c,'{TELLS}']"
 def test_a_command_that_fails_is_one_warning(
     command: list[str], line: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    settings = NotifySettings(command=command, timeout=0.5)
+    timeout = 0.5 if "sleep" in command[-1] else 60
+    settings = NotifySettings(command=command, timeout=timeout)
     with caplog.at_level(logging.INFO):
         notify(settings, "completed", "s", tmp_path / "answer.json", "done")
 

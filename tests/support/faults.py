@@ -164,7 +164,10 @@ class FaultyStudy:
         workers = self.workers()
         if not workers:
             return False
-        os.kill(self._chance.choice(workers), signal.SIGKILL)
+        try:
+            os.kill(self._chance.choice(workers), signal.SIGKILL)
+        except ProcessLookupError:
+            return False  # It has just ended by itself.
         # Some of the next faults come before the launcher has told of this one, some after.
         self._pause(6)
         return True
