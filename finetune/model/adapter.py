@@ -61,7 +61,7 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     """Add a fresh LoRA adapter in float32 to a base.
 
     In a model of text and images only the language model gets an adapter, because rows are text
-    alone, unless `lora.extra.exclude_modules` says otherwise.
+    alone. What `lora.extra.exclude_modules` names is left out too.
 
     Args:
         model: The base; its target modules are replaced in place.
@@ -77,9 +77,9 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     targets = linear_targets(model, lora)
     if targets != lora.target_modules:
         config.target_modules = set(targets)
-    if "exclude_modules" not in lora.extra:
-        patterns = excluded_modules(model, lora)
-        config.exclude_modules = "|".join(patterns) or None
+    # The user's expression first: it may begin with flags, or refer to its groups by number.
+    patterns = [_expression_of(config.exclude_modules), *excluded_modules(model, lora)]
+    config.exclude_modules = "|".join(filter(None, patterns)) or None
     show_expert_shapes(model)
     with _SEED_LOCK, without_peft_notes():
         # Directly before the weights are drawn: the same seed must give the same adapter.
@@ -91,6 +91,19 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
             raise refusal("lora.target_modules", lora.target_modules, reason) from error
     use_expert_adapters(adapted)
     return adapted
+
+
+def _expression_of(modules: str | set[str] | None) -> str:
+    """Return a regular expression for modules as PEFT excludes them; empty for none.
+
+    Args:
+        modules: A regular expression, or the ends of names.
+    """
+    if not modules:
+        return ""
+    if isinstance(modules, str):
+        return modules
+    return rf"(.*\.)?({'|'.join(map(re.escape, sorted(modules)))})"
 
 
 @contextlib.contextmanager

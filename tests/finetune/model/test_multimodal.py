@@ -390,17 +390,17 @@ def test_the_text_models_weights_are_those_of_the_files(
             assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
 
 
-def test_the_tower_is_not_trained_even_where_nothing_is_excluded(
-    tiny: Tiny, gemma3: Path, tmp_path: Path
-) -> None:
-    config = tiny(
-        *DEBUG,
-        f"model.name_or_path={gemma3}",
-        "sample_prompts=[]",
-        "+lora.extra.exclude_modules=null",
-    )
-    run(config, tmp_path)
-    assert all("language_model" in name for name in adapted_layers(tmp_path))
+@pytest.mark.parametrize("exclusion", ["null", "[o_proj]", r"'.*\.o_proj'"])
+def test_a_tower_that_is_loaded_gets_no_adapter(tiny: Tiny, exclusion: str) -> None:
+    """Whatever else the config leaves out. Wrappers of other code are loaded as a whole."""
+    from finetune.model.adapted_layers import adapted_layers
+    from finetune.model.adapter import add_adapter
+
+    lora = tiny("lora=r16", f"+lora.extra.exclude_modules={exclusion}").lora
+    names = adapted_layers(add_adapter(whole_model("gemma3"), lora, seed=0))
+    assert any("q_proj" in name for name in names)
+    assert all("language_model" in name for name in names)
+    assert any("o_proj" in name for name in names) is (exclusion == "null")
 
 
 @pytest.mark.parametrize("target", ["out_proj", "fc1"])
