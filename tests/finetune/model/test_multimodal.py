@@ -121,6 +121,31 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "audio_config": None,
         },
     ),
+    "gemma4_moe": (
+        "Gemma4",
+        {
+            "text_config": {
+                **TEXT,
+                **WINDOWS,
+                "vocab_size_per_layer_input": 600,
+                "hidden_size_per_layer_input": 0,
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": 32,
+                "global_head_dim": 32,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+            },
+            "audio_config": None,
+        },
+    ),
     "llama4": (
         "Llama4",
         {
@@ -285,6 +310,7 @@ def test_chosen_layers_are_the_same_on_the_published_model(
 EXPERTS = "experts.gate_up_proj,experts.down_proj"
 
 
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "gemma4_moe"])
 @pytest.mark.parametrize(
     "extra",
     [
@@ -294,7 +320,7 @@ EXPERTS = "experts.gate_up_proj,experts.down_proj"
             "alpha_pattern={gate_up_proj:64}",
             "rank_pattern={down_proj:3}",
         ),
-        ("target_parameters=[model.layers.0.mlp.experts.down_proj]",),
+        ("target_parameters=[model.layers.0.{experts}.down_proj]",),
     ],
     ids=["both weights", "rank and alpha", "one layer"],
 )
@@ -302,23 +328,25 @@ EXPERTS = "experts.gate_up_proj,experts.down_proj"
 @pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys")
 def test_an_adapter_on_experts_loads_on_the_published_model_and_on_the_text_model(
     extra: tuple[str, ...],
+    kind: str,
     published: Callable[[str], Path],
     tiny: Tiny,
     tmp_path: Path,
 ) -> None:
     from finetune.run.resources import SharedResources
 
-    base = published("qwen3_5_moe")
+    base = published(kind)
+    experts = "experts" if kind == "gemma4_moe" else "mlp.experts"
     config = tiny(
         *DEBUG,
         f"model.name_or_path={base}",
         "lora.dropout=0",
         "lora.target_modules=[q_proj]",
-        *(f"+lora.extra.{item}" for item in extra),
+        *(f"+lora.extra.{item}".replace("{experts}", experts) for item in extra),
     )
     SharedResources().check_targets(config)
     names = names_on_the_published_model(config, base, tmp_path / "adapter")
-    assert any("mlp.experts" in name for name in names)
+    assert any("experts" in name for name in names)
 
 
 def names_on_the_published_model(
