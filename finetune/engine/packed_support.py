@@ -17,7 +17,7 @@ from finetune.model.small_config import small_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-CHECK_VERSION = 2
+CHECK_VERSION = 3
 """Increased when the check or what it checks changes, so that earlier records are not used."""
 
 

@@ -14,19 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from finetune.config.sections.lora import LoraSettings
 from finetune.console import summary_line
 from finetune.data.encoding import Encoder
 from finetune.errors import ConfigError, is_out_of_memory_error, refusal
-from finetune.files.atomic import (
-    name_file_in_errors,
-    read_json,
-    replace_folder,
-    write_json,
-)
-from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS
+from finetune.files.atomic import name_file_in_errors, replace_folder
+from finetune.model.adapter_files import WEIGHTS
 from finetune.model.expert_adapters import show_expert_shapes, use_expert_adapters
 from finetune.model.lora_config import lora_config
 from finetune.model.origin import (
@@ -35,7 +29,10 @@ from finetune.model.origin import (
     published_names_of,
     write_generation_config,
 )
-from finetune.model.published_names import PublishedNames
+from finetune.model.published_adapter import (
+    rename_for_published,
+    rename_for_text_model,
+)
 from finetune.model.target_modules import excluded_modules, linear_targets
 from finetune.model.tokenizer import save_tokenizer
 
@@ -64,7 +61,7 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     """Add a fresh LoRA adapter in float32 to a base.
 
     In a model of text and images only the language model gets an adapter, because rows are text
-    alone, unless `lora.extra.exclude_modules` says otherwise.
+    alone. What `lora.extra.exclude_modules` names is left out too.
 
     Args:
         model: The base; its target modules are replaced in place.
@@ -80,9 +77,9 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     targets = linear_targets(model, lora)
     if targets != lora.target_modules:
         config.target_modules = set(targets)
-    if "exclude_modules" not in lora.extra:
-        patterns = excluded_modules(model, lora)
-        config.exclude_modules = "|".join(patterns) or None
+    # The user's expression first: it may begin with flags, or refer to its groups by number.
+    patterns = [_expression_of(config.exclude_modules), *excluded_modules(model, lora)]
+    config.exclude_modules = "|".join(filter(None, patterns)) or None
     show_expert_shapes(model)
     with _SEED_LOCK, without_peft_notes():
         # Directly before the weights are drawn: the same seed must give the same adapter.
@@ -94,6 +91,19 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
             raise refusal("lora.target_modules", lora.target_modules, reason) from error
     use_expert_adapters(adapted)
     return adapted
+
+
+def _expression_of(modules: str | set[str] | None) -> str:
+    """Return a regular expression for modules as PEFT excludes them; empty for none.
+
+    Args:
+        modules: A regular expression, or the ends of names.
+    """
+    if not modules:
+        return ""
+    if isinstance(modules, str):
+        return modules
+    return rf"(.*\.)?({'|'.join(map(re.escape, sorted(modules)))})"
 
 
 @contextlib.contextmanager
@@ -133,39 +143,9 @@ def save_adapter(
             model.save_pretrained(draft, save_embedding_layers=False)
         names = published_names_of(model.get_base_model())
         if names is not None:
-            _rename_for_published(draft, model, names)
+            rename_for_published(draft, model, names)
         write_generation_config(generation_config, draft)
         save_tokenizer(tokenizer, draft)
-
-
-def _rename_for_published(
-    folder: Path, model: "PeftModel", names: PublishedNames
-) -> None:
-    """Give a saved adapter the names that its layers have in the published model."""
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME
-
-    file = folder / SAFETENSORS_WEIGHTS_NAME
-    weights = names.of_published(load_file(file))
-    save_file(weights, file, metadata={"format": "pt"})
-    config_file = folder / ADAPTER_CONFIG
-    config = read_json(config_file)
-    # Each layer by its full name: the other modalities have layers of the same names.
-    config["target_modules"] = sorted(
-        names.to_published(name) for name in adapted_layers(model)
-    )
-    write_json(config_file, config)
-
-
-def adapted_layers(model: "PeftModel") -> list[str]:
-    """Return the full names of the layers with an adapter, as the base has them."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    base = model.get_base_model()
-    return [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
 
 
 def load_adapter(model: "PeftModel", folder: Path) -> None:
@@ -237,10 +217,7 @@ def _attached(base: "PreTrainedModel", folder: Path) -> "PeftModel":
     if names is None:
         return PeftModel.from_pretrained(base, folder)
     config = PeftConfig.from_pretrained(folder)
-    if not isinstance(config.target_modules, str):
-        config.target_modules = {
-            names.from_published(name) for name in config.target_modules
-        }
+    rename_for_text_model(config, names)
     return PeftModel.from_pretrained(
         base,
         folder,

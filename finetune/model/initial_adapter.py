@@ -1,5 +1,6 @@
 """An adapter that a run goes on from (`lora.adapter`): that of a run, or a folder of PEFT's."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,13 @@ from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
+from finetune.model.adapted_layers import AdaptedLayer, adapted_layers
 from finetune.model.adapter import add_adapter, load_adapter
 from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS
 from finetune.model.base_config import read_base_config, read_published_config
 from finetune.model.loading import skeleton_of
 from finetune.model.lora_config import lora_config
-from finetune.model.published_names import published_names
+from finetune.model.published_names import PublishedNames, published_names
 from finetune.model.source import BaseSource
 
 if TYPE_CHECKING:
@@ -28,8 +30,6 @@ COMPARED = {
     "use_rslora": "lora.use_rslora",
     "use_dora": "lora.use_dora",
     "bias": "lora.bias",
-    "rank_pattern": "lora.extra.rank_pattern",
-    "alpha_pattern": "lora.extra.alpha_pattern",
 }
 """Arguments of `LoraConfig` that an adapter shares with the run, and their keys."""
 
@@ -66,7 +66,7 @@ def check_initial_adapter(
         raise refusal("lora.adapter", lora.adapter, reason)
     _require_same_base(source, lora.adapter)
     _require_same_arguments(saved, lora)
-    _require_same_layers(folder, source, model, lora)
+    _require_same_layers(folder, saved, source, model, lora)
 
 
 def _adapter_folder(path: str) -> Path:
@@ -103,7 +103,7 @@ def _require_same_arguments(saved: dict[str, Any], lora: LoraSettings) -> None:
         raise refusal("lora.adapter", str(lora.adapter), reason)
     config = lora_config(lora).to_dict()
     for argument, key in COMPARED.items():
-        # Empty patterns are written as none too.
+        # An argument that PEFT did not have yet is one that is off.
         value = saved.get(argument) or None
         if value != (config[argument] or None):
             there, here = _as_text(saved.get(argument)), _as_text(config[argument])
@@ -116,17 +116,20 @@ def _as_text(value: Any) -> str:
 
 
 def _require_same_layers(
-    folder: Path, source: BaseSource, model: ModelSettings, lora: LoraSettings
+    folder: Path,
+    saved: dict[str, Any],
+    source: BaseSource,
+    model: ModelSettings,
+    lora: LoraSettings,
 ) -> None:
-    """Compare names and shapes of the matrices with those of a fresh adapter."""
+    """Compare names, ranks, alphas and shapes of the matrices with those of a fresh adapter."""
     from peft import get_peft_model_state_dict
 
     skeleton = skeleton_of(read_base_config(source, model), model)
     names = published_names(read_published_config(source, model), skeleton)
     with torch.device("meta"):  # the drawn values are not read
-        fresh = get_peft_model_state_dict(
-            add_adapter(skeleton, lora, seed=0), save_embedding_layers=False
-        )
+        adapted = add_adapter(skeleton, lora, seed=0)
+        fresh = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     with safe_open(folder / WEIGHTS, "pt") as file:
         shapes = {
             name: tuple(file.get_slice(name).get_shape())
@@ -138,6 +141,7 @@ def _require_same_layers(
         there, here = _layer_names(shapes), _layer_names(fresh)
         reason = f"adapts {there}, the run {here}: see lora.target_modules"
         raise refusal("lora.adapter", str(lora.adapter), reason)
+    _require_same_patterns(saved, adapted_layers(adapted), names, lora)
     for name, weight in fresh.items():
         if shapes[name] != tuple(weight.shape):
             reason = (
@@ -145,6 +149,33 @@ def _require_same_layers(
                 f"here {list(weight.shape)}"
             )
             raise refusal("lora.adapter", str(lora.adapter), reason)
+
+
+def _require_same_patterns(
+    saved: dict[str, Any],
+    layers: Mapping[str, AdaptedLayer],
+    names: PublishedNames | None,
+    lora: LoraSettings,
+) -> None:
+    """Compare ranks and alphas layer by layer: the same may be written by other patterns."""
+    from peft.utils.other import get_pattern_key
+
+    for pattern_name, default, field in (
+        ("rank_pattern", "r", "r"),
+        ("alpha_pattern", "lora_alpha", "alpha"),
+    ):
+        pattern = saved.get(pattern_name) or {}
+        if names is not None:
+            pattern = names.pattern_of_text_model(pattern)
+        for name, layer in layers.items():
+            there = pattern.get(get_pattern_key(pattern, name), saved[default])
+            here = getattr(layer, field)
+            if there != here:
+                reason = (
+                    f"has {field}={there} for {name}, the run {here}: "
+                    f"see lora.extra.{pattern_name}"
+                )
+                raise refusal("lora.adapter", str(lora.adapter), reason)
 
 
 def _layer_names(weights: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ import torch
 from finetune.config.sections.lora import CHOOSES_MATRICES, LoraSettings
 from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
-from finetune.model.adapter import adapted_layers, add_adapter
+from finetune.model.adapted_layers import adapted_layers
+from finetune.model.adapter import add_adapter
 from finetune.model.base_config import read_base_config
 from finetune.model.loading import skeleton_of
 from finetune.model.source import BaseSource

@@ -63,6 +63,14 @@ class PublishedNames:
             renamed[ADAPTED + self.from_published(layer)] = weight
         return renamed
 
+    def pattern_of_text_model(
+        self, pattern: Mapping[str, Value] | None
+    ) -> dict[str, Value]:
+        """Rename the layers of a `rank_pattern` or `alpha_pattern` for the text model."""
+        return {
+            self.from_published(name): value for name, value in (pattern or {}).items()
+        }
+
 
 def _exchange(name: str, prefix: str, replacement: str) -> str:
     return replacement + name[len(prefix) :] if name.startswith(prefix) else name

@@ -244,6 +244,18 @@ PACKED: dict[str, dict[str, Any]] = {
     "Mixtral": {**TINY, **EXPERTS, "intermediate_size": 32, "sliding_window": 8},
     "Qwen2Moe": {**MIXTURE, "shared_expert_intermediate_size": 32},
     "Olmoe": {**TINY, "num_experts": 4, "num_experts_per_tok": 2},
+    "FalconH1": {
+        **TINY,
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+        "ssm_multipliers": [0.5, 2.0, 0.7, 1.5, 0.6],
+        "key_multiplier": 0.6,
+        "lm_head_multiplier": 0.4,
+        "embedding_multiplier": 3.0,
+    },
 }
 """Architectures that the packed engine trains, with values that change what they compute: windows
 shorter than rows, caps, scalars, biases, layers of all kinds."""

@@ -1,5 +1,6 @@
 """The LoRA adapter."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -82,6 +83,10 @@ class LoraSettings(Section):
             or min(alphas.values(), default=1) <= 0
         ):
             raise refusal("lora.extra.alpha_pattern", alphas, allowed)
+        excluded = self.extra.get("exclude_modules")
+        allowed = "must be a list of module names, or a regular expression"
+        if excluded is not None and not _are_modules(excluded):
+            raise refusal("lora.extra.exclude_modules", excluded, allowed)
 
     @property
     def leaves_base_unchanged(self) -> bool:
@@ -121,3 +126,14 @@ def _are_numbers(pattern: Any, number: Any) -> bool:
         and not isinstance(value, bool)
         for name, value in pattern.items()
     )
+
+
+def _are_modules(value: Any) -> bool:
+    """Whether a value is a list of texts, or a regular expression."""
+    if isinstance(value, list):
+        return all(isinstance(name, str) for name in value)
+    try:
+        re.compile(value)
+    except (TypeError, re.error):
+        return False
+    return True

@@ -52,9 +52,9 @@ ADAPTER = LoraSettings(
     use_rslora=False,
     use_dora=False,
     init_lora_weights=True,
-    extra={"exclude_modules": None},
+    extra={},
 )
-"""The adapters of the check, on every linear layer."""
+"""The adapters of the check, on every linear layer that a run may adapt."""
 
 
 class _Refused(Exception):

@@ -313,14 +313,11 @@ def test_a_pattern_adapts_the_layers_that_it_matches_and_no_experts(
     assert adapted(PeftModel.from_pretrained(base, tmp_path / "adapter")) == names
 
 
-def test_routers_that_are_linear_layers_are_neither_adapted_nor_quantised(
-    tiny: Tiny, tiny_base: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def gemma4(tiny_base: Path, tmp_path: Path) -> Path:
+    """A base whose routers are linear layers."""
     import torch
     import transformers
-
-    from finetune.model.adapter import add_adapter
-    from finetune.model.experts import router_layers
 
     config = transformers.Gemma4TextConfig(
         vocab_size=600,
@@ -344,16 +341,34 @@ def test_routers_that_are_linear_layers_are_neither_adapted_nor_quantised(
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    folder = with_tokenizer_of(tiny_base, model, tmp_path / "base")
-    loaded = load(tiny, folder, "quantization=nf4")
+    return with_tokenizer_of(tiny_base, model, tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    "exclusion",
+    [None, "null", "[]", "[o_proj]", r"'(?i).*\.(O)_proj'"],
+)
+def test_routers_that_are_linear_layers_are_neither_adapted_nor_quantised(
+    tiny: Tiny, gemma4: Path, exclusion: str | None
+) -> None:
+    """Whatever else the config leaves out."""
+    import torch
+
+    from finetune.model.adapter import add_adapter
+    from finetune.model.experts import router_layers
+
+    loaded = load(tiny, gemma4, "quantization=nf4")
     routers = router_layers(loaded)
     assert len(routers) == 2
     assert all(type(loaded.get_submodule(each)) is torch.nn.Linear for each in routers)
-    lora = tiny("lora=r16").lora
+    extra = [] if exclusion is None else [f"+lora.extra.exclude_modules={exclusion}"]
+    lora = tiny("lora=r16", *extra).lora
     adapted = add_adapter(loaded, lora, 0)
     names = [name for name, w in adapted.named_parameters() if w.requires_grad]
-    assert names
+    assert any("q_proj" in name for name in names)
     assert not any("router" in name for name in names)
+    excludes_outputs = "_proj" in (exclusion or "")
+    assert any("o_proj" in name for name in names) is not excludes_outputs
 
 
 @pytest.fixture

@@ -121,6 +121,31 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "audio_config": None,
         },
     ),
+    "gemma4_moe": (
+        "Gemma4",
+        {
+            "text_config": {
+                **TEXT,
+                **WINDOWS,
+                "vocab_size_per_layer_input": 600,
+                "hidden_size_per_layer_input": 0,
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": 32,
+                "global_head_dim": 32,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+            },
+            "audio_config": None,
+        },
+    ),
     "llama4": (
         "Llama4",
         {
@@ -249,6 +274,89 @@ def test_a_run_trains_its_language_model_alone(
 def test_an_adapter_has_the_same_logits_on_the_published_model_by_plain_peft(
     kind: str, published: Callable[[str], Path], tiny: Tiny, tmp_path: Path
 ) -> None:
+    base = published(kind)
+    config = tiny(
+        *DEBUG, f"model.name_or_path={base}", "lora.target_modules=all-linear"
+    )
+    names = names_on_the_published_model(config, base, tmp_path / "adapter")
+    assert names
+    assert all("language_model" in name for name in names)
+
+
+CHOICES = {
+    "rank by full name": ("rank_pattern={model.layers.0.self_attn.q_proj:3}",),
+    "rank by short name": ("rank_pattern={q_proj:3}",),
+    "alpha by full name": ("alpha_pattern={model.layers.0.self_attn.q_proj:640}",),
+    "alpha by short name": ("alpha_pattern={q_proj:640}",),
+    "some layers": ("layers_to_transform=[1]", "layers_pattern=model.layers"),
+    "without a layer": (r"exclude_modules='model\.layers\.0\..*'",),
+}
+"""Items of `lora.extra` that choose layers by the names that the text model has."""
+
+
+@pytest.mark.parametrize("choice", list(CHOICES))
+def test_chosen_layers_are_the_same_on_the_published_model(
+    choice: str, gemma3: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    config = tiny(
+        *DEBUG,
+        f"model.name_or_path={gemma3}",
+        "lora.target_modules=[q_proj,v_proj]",
+        *(f"+lora.extra.{item}" for item in CHOICES[choice]),
+    )
+    names_on_the_published_model(config, gemma3, tmp_path / "adapter")
+
+
+EXPERTS = "experts.gate_up_proj,experts.down_proj"
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "gemma4_moe"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (f"target_parameters=[{EXPERTS}]",),
+        (
+            f"target_parameters=[{EXPERTS}]",
+            "alpha_pattern={gate_up_proj:64}",
+            "rank_pattern={down_proj:3}",
+        ),
+        ("target_parameters=[model.layers.0.{experts}.down_proj]",),
+    ],
+    ids=["both weights", "rank and alpha", "one layer"],
+)
+# PEFT compares the patterns with modules alone, and uses those of weights all the same.
+@pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys")
+def test_an_adapter_on_experts_loads_on_the_published_model_and_on_the_text_model(
+    extra: tuple[str, ...],
+    kind: str,
+    published: Callable[[str], Path],
+    tiny: Tiny,
+    tmp_path: Path,
+) -> None:
+    from finetune.run.resources import SharedResources
+
+    base = published(kind)
+    experts = "experts" if kind == "gemma4_moe" else "mlp.experts"
+    config = tiny(
+        *DEBUG,
+        f"model.name_or_path={base}",
+        "lora.dropout=0",
+        "lora.target_modules=[q_proj]",
+        *(f"+lora.extra.{item}".replace("{experts}", experts) for item in extra),
+    )
+    SharedResources().check_targets(config)
+    names = names_on_the_published_model(config, base, tmp_path / "adapter")
+    assert any("experts" in name for name in names)
+
+
+def names_on_the_published_model(
+    config: RunConfig, base: Path, folder: Path
+) -> list[str]:
+    """Save an adapter and compare its logits where it is loaded: by plain PEFT, and here.
+
+    Returns:
+        The names of its layers in the published model.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
@@ -257,29 +365,23 @@ def test_an_adapter_has_the_same_logits_on_the_published_model_by_plain_peft(
     from finetune.model.loading import load_base
     from finetune.model.source import find_base
 
-    base = published(kind)
-    config = tiny(
-        *DEBUG, f"model.name_or_path={base}", "lora.target_modules=all-linear"
-    )
     trained = load(config)
     wake(trained)
-    save_adapter(trained, load_tokenizer(config), tmp_path / "adapter")
+    save_adapter(trained, load_tokenizer(config), folder)
 
     ids = torch.arange(20, 60)[None]
     whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         ours = trained.eval()(input_ids=ids).logits
         before = whole.eval()(input_ids=ids).logits
-        model = PeftModel.from_pretrained(whole, tmp_path / "adapter")
+        model = PeftModel.from_pretrained(whole, folder)
         theirs = model.eval()(input_ids=ids).logits
         text_model = load_base(find_base(config.model), config)
-        again = attach_adapter(text_model, tmp_path / "adapter").eval()
+        again = attach_adapter(text_model, folder).eval()
         assert torch.allclose(again(input_ids=ids).logits, ours, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(theirs, before, atol=1e-2)
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    names = [name for name, _ in model.named_modules() if "lora_A" in name]
-    assert names
-    assert all("language_model" in name for name in names)
+    return [name for name, _ in model.named_modules() if "lora_A" in name]
 
 
 @kinds
@@ -316,17 +418,17 @@ def test_the_text_models_weights_are_those_of_the_files(
             assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
 
 
-def test_the_tower_is_not_trained_even_where_nothing_is_excluded(
-    tiny: Tiny, gemma3: Path, tmp_path: Path
-) -> None:
-    config = tiny(
-        *DEBUG,
-        f"model.name_or_path={gemma3}",
-        "sample_prompts=[]",
-        "+lora.extra.exclude_modules=null",
-    )
-    run(config, tmp_path)
-    assert all("language_model" in name for name in adapted_layers(tmp_path))
+@pytest.mark.parametrize("exclusion", ["null", "[o_proj]", r"'.*\.o_proj'"])
+def test_a_tower_that_is_loaded_gets_no_adapter(tiny: Tiny, exclusion: str) -> None:
+    """Whatever else the config leaves out. Wrappers of other code are loaded as a whole."""
+    from finetune.model.adapted_layers import adapted_layers
+    from finetune.model.adapter import add_adapter
+
+    lora = tiny("lora=r16", f"+lora.extra.exclude_modules={exclusion}").lora
+    names = adapted_layers(add_adapter(whole_model("gemma3"), lora, seed=0))
+    assert any("q_proj" in name for name in names)
+    assert all("language_model" in name for name in names)
+    assert any("o_proj" in name for name in names) is (exclusion == "null")
 
 
 @pytest.mark.parametrize("target", ["out_proj", "fc1"])
@@ -410,6 +512,37 @@ def test_a_saved_adapter_is_loaded_again_into_the_text_model(
     load_adapter(model, tmp_path / "adapter")
     for name, weight in trainable(model).items():
         assert torch.equal(weight, expected[name])
+
+
+ALPHAS = "model.layers.0.self_attn.q_proj:64,v_proj:8"
+PATTERNS = (
+    f"+lora.extra.alpha_pattern={{{ALPHAS}}}",
+    "+lora.extra.rank_pattern={model.layers.1.self_attn.q_proj:3}",
+)
+
+
+def test_training_goes_on_from_ranks_and_alphas_of_single_layers(
+    tiny: Tiny, gemma3: Path, tmp_path: Path
+) -> None:
+    short = ("trainer.max_steps=2", "trainer.eval_steps=0", "sample_prompts=[]")
+    base = (*DEBUG, *short, f"model.name_or_path={gemma3}", "lora/target=q_v")
+    run(tiny(*base, *PATTERNS), tmp_path / "first")
+    adapter = f"lora.adapter={tmp_path / 'first'}"
+    run(tiny(*base, *PATTERNS, adapter), tmp_path / "second")
+
+    first, second = (
+        (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        for name in ("first", "second")
+    )
+    end = [row for row in map(json.loads, first) if "eval/loss" in row][-1]
+    start = next(row for row in map(json.loads, second) if "eval/loss" in row)
+    assert start["eval/loss"] == pytest.approx(end["eval/loss"], rel=1e-5)
+    with pytest.raises(ConfigError) as refused:
+        run(tiny(*base, PATTERNS[1], adapter), tmp_path / "third")
+    assert str(refused.value) == (
+        f"{adapter}: has alpha=64 for model.layers.0.self_attn.q_proj, the run 16: "
+        "see lora.extra.alpha_pattern"
+    )
 
 
 def test_it_is_planned(

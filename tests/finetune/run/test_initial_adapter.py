@@ -91,7 +91,8 @@ def test_beside_a_fresh_adapter_and_resumed(
         (("lora.bias=all",), "has lora.bias=none, the run all"),
         (
             ("+lora.extra.rank_pattern={q_proj:4}",),
-            "has lora.extra.rank_pattern={}, the run {'q_proj': 4}",
+            "has r=16 for model.layers.0.self_attn.q_proj, the run 4: see "
+            "lora.extra.rank_pattern",
         ),
         (
             ("lora/target=q_v",),

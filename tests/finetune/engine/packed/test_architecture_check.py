@@ -82,6 +82,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen3Next": {},
     "Olmoe": {},
     "DeepseekV3": {},
+    "FalconH1": {"mamba_chunk_size": 16},
 }
 
 

@@ -73,6 +73,11 @@ def test_each_slot_has_its_ranks(tiny: Tiny, tmp_path: Path) -> None:
         ("+lora.extra.rank_pattern={nobody:4}", "matches no layer with an adapter"),
         ("+lora.extra.alpha_pattern={nobody:4}", "matches no layer with an adapter"),
         ("+lora.extra.alpha_pattern={q_proj:-1}", "must be numbers above 0"),
+        (
+            "+lora.extra.exclude_modules='(*'",
+            "must be a list of module names, or a reg",
+        ),
+        ("+lora.extra.exclude_modules=5", "must be a list of module names, or a reg"),
         ("+lora.extra.layers_to_transform=[1]", "cannot be used when"),
     ],
 )
