@@ -31,6 +31,9 @@ OTHER_SIZES = {
     "num_experts": 32,
     "num_local_experts": 32,
     "n_routed_experts": 32,
+    # Tokens that a state space computes together, with memory for each pair of them.
+    "chunk_size": 16,
+    "mamba_chunk_size": 16,
 }
 """Largest values of sizes that depend on no other one."""
 
@@ -155,11 +158,11 @@ def _shared_layers(values: Mapping[str, Any]) -> int:
 
 def _shrink_heads(values: dict[str, Any], config: "PreTrainedConfig") -> None:
     """Reduce the number of heads, and with it the hidden size. The heads' width stays."""
-    hidden: int = config.hidden_size
-    heads: int | None = getattr(config, "num_attention_heads", None)
+    hidden: int = _size(values, config, "hidden_size")
+    heads: int | None = _size(values, config, "num_attention_heads")
     if heads is None:
         raise ValueError("no attention heads")
-    key_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    key_heads: int = _size(values, config, "num_key_value_heads") or heads
     head_dim: int = values.get("head_dim") or hidden // heads
     small_heads = 2 if key_heads == heads else 4
     small_hidden = small_heads * head_dim
@@ -182,6 +185,13 @@ def _shrink_heads(values: dict[str, Any], config: "PreTrainedConfig") -> None:
         # Others are properties that follow from other keys, or None.
         if values.get(key) is not None:
             values[key] = size
+
+
+def _size(values: Mapping[str, Any], config: "PreTrainedConfig", name: str) -> Any:
+    """Return a size, also one that follows from other keys; None if a config has none."""
+    key = _key(config, name)
+    # Where layers have values of their own, the attribute can't be read (Gemma 4).
+    return values[key] if key in values else getattr(config, name, None)
 
 
 def _fit_mamba_heads(values: dict[str, Any], hidden_name: str) -> None:

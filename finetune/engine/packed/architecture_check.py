@@ -8,6 +8,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ from finetune.model.experts import expert_modules
 from finetune.model.layer_kinds import config_with_few_layers
 from finetune.model.quantized_layers import expert_weights
 from finetune.model.small_config import VOCABULARY
+from finetune.model.target_modules import pattern_without_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -154,10 +156,12 @@ def _compare_training(base: "PreTrainedModel") -> None:
     Raises:
         _Refused: They differ.
     """
+    pattern = pattern_without_adapter(base, ADAPTER)
+    lora = replace(ADAPTER, extra={"exclude_modules": pattern})
     slots = []
     for seed in (0, 1):
-        model = add_adapter(copy.deepcopy(base), ADAPTER, seed)
-        slot = Slot(_CheckBank(base), ADAPTER, seed, model)
+        model = add_adapter(copy.deepcopy(base), lora, seed)
+        slot = Slot(_CheckBank(base), lora, seed, model)
         # B begins at zero, and A would have no gradient.
         generator = torch.Generator().manual_seed(seed)
         slot.vector.add_(0.2 * torch.randn(slot.vector.shape, generator=generator))

@@ -83,6 +83,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Olmoe": {},
     "DeepseekV3": {},
     "Jamba": {},
+    "Gemma3nText": {},
 }
 
 
@@ -107,6 +108,17 @@ def test_bases_of_published_sizes_pass(architecture: str) -> None:
     assert module_classes(small) == module_classes(config)
     result = packed_support(config)
     assert (result.refusal, result.answers_together) == (None, True)
+
+
+@pytest.mark.parametrize("architecture", ["NemotronH", "FalconH1"])
+def test_a_base_with_layers_that_peft_refuses_passes(architecture: str) -> None:
+    """Adapters of the check are on the layers that `all-linear` stands for."""
+    import transformers
+
+    from finetune.engine.packed_support import packed_support
+
+    config = getattr(transformers, f"{architecture}Config")()
+    assert packed_support(config).refusal is None
 
 
 def module_classes(config: Any) -> set[type]:
