@@ -84,6 +84,22 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "DeepseekV3": {},
     "Jamba": {},
     "Gemma3nText": {},
+    "Qwen3_5MoeText": {},
+    "Gemma4Text with experts": {
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2,
+        "global_head_dim": 512,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+        "final_logit_softcapping": 30.0,
+    },
 }
 
 
@@ -96,7 +112,7 @@ def test_bases_of_published_sizes_pass(architecture: str) -> None:
     from finetune.model.layer_kinds import config_with_few_layers
     from finetune.model.small_config import narrow_config
 
-    config_class = getattr(transformers, f"{architecture}Config")
+    config_class = getattr(transformers, f"{architecture.split()[0]}Config")
     config = config_class(**PUBLISHED[architecture])
     before = config.to_json_string(use_diff=False)
     small = config_with_few_layers(narrow_config(config))
