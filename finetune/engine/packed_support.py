@@ -12,7 +12,7 @@ from finetune.console import summary_line
 from finetune.engine.check_record import record_file
 from finetune.errors import Interrupted, is_out_of_memory_error
 from finetune.files.atomic import read_json, write_json
-from finetune.model.small_config import small_config
+from finetune.model.small_config import narrow_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -38,17 +38,17 @@ def packed_support(config: "PreTrainedConfig") -> PackedSupport:
         config: The base's text config, of transformers' own code.
     """
     try:
-        small = small_config(config)
+        narrow = narrow_config(config)
     # Each config class has its own ways to refuse sizes.
     except Exception as error:
         return PackedSupport(f"no small base to try it on ({summary_line(error)})")
-    content = small.to_json_string(use_diff=False)
-    return _recorded_support(_SmallBase(type(small).__name__, content, small))
+    content = narrow.to_json_string(use_diff=False)
+    return _recorded_support(_NarrowBase(type(narrow).__name__, content, narrow))
 
 
 @dataclass(frozen=True)
-class _SmallBase:
-    """A small base, told from others by its config."""
+class _NarrowBase:
+    """A base of small sizes, with all layers, told from others by its config."""
 
     config_class: str
     content: str
@@ -57,9 +57,9 @@ class _SmallBase:
 
 
 @functools.cache
-def _recorded_support(small: _SmallBase) -> PackedSupport:
+def _recorded_support(base: _NarrowBase) -> PackedSupport:
     """Return the record of the cache, or check and record it."""
-    identity = [CHECK_VERSION, small.config_class, small.content]
+    identity = [CHECK_VERSION, base.config_class, base.content]
     record = record_file("architectures", identity)
     values = read_json(record)
     if values is not None:
@@ -67,7 +67,7 @@ def _recorded_support(small: _SmallBase) -> PackedSupport:
     # Late: it imports PEFT, which takes seconds.
     from finetune.engine.packed.architecture_check import check_architecture
 
-    config = copy.deepcopy(small.config)
+    config = copy.deepcopy(base.config)
     try:
         support = PackedSupport(*check_architecture(config))
     except Exception as error:

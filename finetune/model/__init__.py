@@ -11,6 +11,7 @@ Where to look first:
 - `adapter.py`: the LoRA adapter: creation, saving, loading; `lora_config.py`: PEFT's config of it;
   `target_modules.py`: which layers get one.
 - `device.py`: the GPU, CUDA events and streams; `memory.py`: memory of the GPU and the host.
-- `architectures.py`: what is peculiar to architectures; `small_config.py`: small sizes of a base.
+- `architectures.py`: what is peculiar to architectures; `small_config.py`: small sizes of a base;
+  `layer_kinds.py`: few layers of it, of all kinds.
 - `published_names.py`: a text model that was published with other modalities.
 """

@@ -40,6 +40,10 @@ DROPOUT_NAMES = ("dropout", "pdrop")
 WITHOUT_DROPOUT = ("classifier", "summary", "lora")
 """What is in the names of those that a causal language model does not use."""
 
+PASSED_OVER = {"gemma3n_text": ("correction_coefs",)}
+"""Linear layers whose weight a base's code reads in training, past an adapter on the layer, by
+`model_type` of the text config."""
+
 
 def text_config_of(config: "PreTrainedConfig") -> "PreTrainedConfig":
     """Return the language model's config, with its sizes.
@@ -51,13 +55,15 @@ def text_config_of(config: "PreTrainedConfig") -> "PreTrainedConfig":
 
 
 def largest_value(config: "PreTrainedConfig", name: str) -> Any:
-    """Return a value of a text config; the largest where layers have their own (Gemma 4).
+    """Return a value of a text config; the largest where layers have their own (Gemma 3n and 4).
 
     None if the config has no such key.
     """
-    if not getattr(config, "is_heterogeneous", False):
-        return getattr(config, name, None)
-    values = [getattr(layer, name, None) for layer in config.per_layer_config]
+    if getattr(config, "is_heterogeneous", False):
+        values = [getattr(layer, name, None) for layer in config.per_layer_config]
+    else:
+        value = getattr(config, name, None)
+        values = value if isinstance(value, list) else [value]
     return max((value for value in values if value is not None), default=None)
 
 

@@ -1,11 +1,11 @@
 """A base's config with small sizes, to try out in a moment what the base's code computes.
 
-Kept are all kinds of layers, widths of heads, norms, activations, scalars and caps. Layers of the
-same kind, hidden sizes, vocabulary and windows become small.
+Widths of heads, norms, activations, scalars and caps stay. Hidden sizes, vocabulary and windows
+become small. Which layers stay is chosen in `layer_kinds`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune.model.architectures import WINDOWS
@@ -31,6 +31,9 @@ OTHER_SIZES = {
     "num_experts": 32,
     "num_local_experts": 32,
     "n_routed_experts": 32,
+    # Tokens that a state space computes together, with memory for each pair of them.
+    "chunk_size": 16,
+    "mamba_chunk_size": 16,
 }
 """Largest values of sizes that depend on no other one."""
 
@@ -39,8 +42,8 @@ WITHOUT_EFFECT = ("quantization_config", "auto_map", "dtype", "_name_or_path")
 """Keys that do not change what a base's code computes in float32."""
 
 
-def small_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """Return the config of a small base of the same kind.
+def narrow_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """Return a config with small sizes, and with all layers.
 
     Args:
         config: The text config of a base; it is not changed.
@@ -51,46 +54,83 @@ def small_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     values = config.to_dict()
     for name in WITHOUT_EFFECT:
         values.pop(name, None)
-    names = {name: config.attribute_map.get(name, name) for name in _SIZES}
-    selected = _representative_layers(values, names["num_hidden_layers"])
-    _keep_layers(values, names["num_hidden_layers"], selected)
-    _shrink_heads(values, names)
+    _shrink_heads(values, config)
     for name, value in values.items():
         values[name] = _shrunk(name, value)
-    _fit_mamba_heads(values, names["hidden_size"])
+    _fit_mamba_heads(values, _key(config, "hidden_size"))
+    narrow: PreTrainedConfig = type(config).from_dict(values)
+    return narrow
+
+
+def config_with_layers(
+    config: "PreTrainedConfig", selected: Sequence[int]
+) -> "PreTrainedConfig":
+    """Return a config with a few of its layers.
+
+    Args:
+        config: It is not changed.
+        selected: Numbers of layers, in their order.
+    """
+    values = config.to_dict()
+    layers = layer_count(config)
+    for name, items in _lists_of_layers(values, layers).items():
+        values[name] = [items[number] for number in selected]
+    if values.get("per_layer_config"):
+        config_of_layers = {}
+        for new_number, number in enumerate(selected):
+            keys = _keys_of_layer(values, number)
+            if keys:
+                config_of_layers[new_number] = dict(keys)
+        values["per_layer_config"] = config_of_layers
+    if _shared_layers(values):
+        first = layers - _shared_layers(values)
+        values["num_kv_shared_layers"] = sum(number >= first for number in selected)
+    for name in _layer_count_keys(config):
+        if name in values:
+            values[name] = len(selected)
     small: PreTrainedConfig = type(config).from_dict(values)
     return small
 
 
-_SIZES = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_size",
-)
+def layer_count(config: "PreTrainedConfig") -> int:
+    """Return how many blocks a base has."""
+    for name in _layer_count_keys(config):
+        count: int | None = getattr(config, name, None)
+        if count is not None:
+            return count
+    raise ValueError("no number of layers")
 
 
-def _representative_layers(values: Mapping[str, Any], layers_name: str) -> list[int]:
-    """Return one layer of each kind, at least two layers, in their order."""
-    layers: int = values[layers_name]
-    seen = set()
-    selected = []
+def _layer_count_keys(config: "PreTrainedConfig") -> tuple[str, str]:
+    """Return the keys that may hold the number of layers.
+
+    LongCat's `num_hidden_layers` is twice its number of blocks, `num_layers`.
+    """
+    return ("num_layers", _key(config, "num_hidden_layers"))
+
+
+def _key(config: "PreTrainedConfig", name: str) -> str:
+    """Return the name that a config's class has for a size."""
+    key: str = config.attribute_map.get(name, name)
+    return key
+
+
+def listed_kinds(config: "PreTrainedConfig") -> list[str]:
+    """Return for each layer what tells it from others in the config.
+
+    These are its items in lists of all layers, its own keys, and whether it uses the keys and
+    values of a layer before it.
+    """
+    values = config.to_dict()
+    layers = layer_count(config)
+    lists = _lists_of_layers(values, layers).values()
+    first_shared = layers - _shared_layers(values)
+    kinds = []
     for number in range(layers):
-        kind = repr(_kind_of_layer(values, layers, number))
-        if kind not in seen:
-            seen.add(kind)
-            selected.append(number)
-    if len(selected) < 2 <= layers:
-        selected = [0, 1]
-    return selected
-
-
-def _kind_of_layer(values: Mapping[str, Any], layers: int, number: int) -> list[Any]:
-    """What tells a layer from others: its items in lists of all layers, and its own keys."""
-    kind = [value[number] for value in _lists_of_layers(values, layers).values()]
-    kind.append(_keys_of_layer(values, number))
-    kind.append(number >= layers - _shared_layers(values))
-    return kind
+        items = [value[number] for value in lists]
+        keys = _keys_of_layer(values, number)
+        kinds.append(repr([items, keys, number >= first_shared]))
+    return kinds
 
 
 def _lists_of_layers(values: Mapping[str, Any], layers: int) -> dict[str, list[Any]]:
@@ -116,37 +156,21 @@ def _shared_layers(values: Mapping[str, Any]) -> int:
     return values.get("num_kv_shared_layers") or 0
 
 
-def _keep_layers(values: dict[str, Any], layers_name: str, selected: list[int]) -> None:
-    """Leave only the selected layers in a config."""
-    layers: int = values[layers_name]
-    for name, items in _lists_of_layers(values, layers).items():
-        values[name] = [items[number] for number in selected]
-    if values.get("per_layer_config"):
-        config_of_layers = {}
-        for new_number, number in enumerate(selected):
-            keys = _keys_of_layer(values, number)
-            if keys:
-                config_of_layers[new_number] = dict(keys)
-        values["per_layer_config"] = config_of_layers
-    if _shared_layers(values):
-        first = layers - _shared_layers(values)
-        values["num_kv_shared_layers"] = sum(number >= first for number in selected)
-    values[layers_name] = len(selected)
-
-
-def _shrink_heads(values: dict[str, Any], names: Mapping[str, str]) -> None:
+def _shrink_heads(values: dict[str, Any], config: "PreTrainedConfig") -> None:
     """Reduce the number of heads, and with it the hidden size. The heads' width stays."""
-    hidden: int = values[names["hidden_size"]]
-    heads: int | None = values.get(names["num_attention_heads"])
+    hidden: int = _size(values, config, "hidden_size")
+    heads: int | None = _size(values, config, "num_attention_heads")
     if heads is None:
         raise ValueError("no attention heads")
-    key_heads: int = values.get(names["num_key_value_heads"]) or heads
+    key_heads: int = _size(values, config, "num_key_value_heads") or heads
     head_dim: int = values.get("head_dim") or hidden // heads
     small_heads = 2 if key_heads == heads else 4
     small_hidden = small_heads * head_dim
-    values[names["num_attention_heads"]] = small_heads
-    if values.get(names["num_key_value_heads"]) is not None:
-        values[names["num_key_value_heads"]] = _fewer(key_heads, heads, small_heads)
+    sizes = {
+        "num_attention_heads": small_heads,
+        "num_key_value_heads": _fewer(key_heads, heads, small_heads),
+        "hidden_size": small_hidden,
+    }
     for keys in (values.get("per_layer_config") or {}).values():
         if "num_key_value_heads" in keys:
             few = _fewer(keys["num_key_value_heads"], heads, small_heads)
@@ -156,7 +180,18 @@ def _shrink_heads(values: dict[str, Any], names: Mapping[str, str]) -> None:
         is_size = isinstance(value, int) and not name.endswith(("_id", "_embeddings"))
         if is_size and value == hidden and not _is_inner(name):
             values[name] = small_hidden
-    values[names["hidden_size"]] = small_hidden
+    for name, size in sizes.items():
+        key = _key(config, name)
+        # Others are properties that follow from other keys, or None.
+        if values.get(key) is not None:
+            values[key] = size
+
+
+def _size(values: Mapping[str, Any], config: "PreTrainedConfig", name: str) -> Any:
+    """Return a size, also one that follows from other keys; None if a config has none."""
+    key = _key(config, name)
+    # Where layers have values of their own, the attribute can't be read (Gemma 4).
+    return values[key] if key in values else getattr(config, name, None)
 
 
 def _fit_mamba_heads(values: dict[str, Any], hidden_name: str) -> None:
@@ -167,6 +202,9 @@ def _fit_mamba_heads(values: dict[str, Any], hidden_name: str) -> None:
         # A divisor of the layers' width stays one where the hidden size is a multiple of it.
         values["mamba_d_head"] = math.gcd(width, inner)
         values["mamba_n_heads"] = inner // values["mamba_d_head"]
+        # The same width once more (Falcon H1).
+        if "mamba_d_ssm" in values:
+            values["mamba_d_ssm"] = inner
 
 
 def _is_inner(name: str) -> bool:

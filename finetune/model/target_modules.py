@@ -12,7 +12,7 @@ from finetune.compat import peft_names_of_experts, peft_refuses_layer
 from finetune.config.sections.lora import LoraSettings
 from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
-from finetune.model.architectures import text_config_of
+from finetune.model.architectures import PASSED_OVER, text_config_of
 from finetune.model.base_config import read_base_config
 from finetune.model.experts import expert_modules, router_layers, weight_names
 from finetune.model.loading import skeleton_of
@@ -100,16 +100,17 @@ def excluded_modules(model: "PreTrainedModel", lora: LoraSettings) -> list[str]:
         patterns.append(rf"({alternatives})(\..*)?")
     # Layers that the config names itself are refused by `check_targets` instead.
     if lora.target_modules == "all-linear":
-        refused_layers = _layers_refused_by_peft(model, lora)
-        refused = sorted({_last_part(name) for name in refused_layers})
-        if refused:
-            names = ", ".join(refused)
+        layers = _layers_without_adapter(model, lora)
+        for reason in sorted(set(layers.values())):
+            ends = {_last_part(name) for name in layers if layers[name] == reason}
             log.info(
-                "lora.target_modules=all-linear: without %s, which PEFT can't adapt",
-                names,
+                "lora.target_modules=all-linear: without %s, %s",
+                ", ".join(sorted(ends)),
+                reason,
             )
-            alternatives = "|".join(map(re.escape, refused))
-            patterns.append(rf"(.*\.)?({alternatives})")
+        if layers:
+            left_out = sorted({_last_part(name) for name in layers})
+            patterns.append(rf"(.*\.)?({'|'.join(map(re.escape, left_out))})")
     return patterns
 
 
@@ -157,23 +158,29 @@ def _untrainable_layers(model: "PreTrainedModel", lora: LoraSettings) -> dict[st
             # TRL's loss multiplies by the head's weight directly, tied to the embedding or not.
             reason = "the output layer, whose adapter would not be trained"
             refused[name] = f"matches {name}, {reason}"
-    for name in _layers_refused_by_peft(model, lora):
-        reason = f"which PEFT can't adapt in a base of type {model.config.model_type}"
-        refused[name] = f"matches {_last_part(name)}, {reason}"
+    for name, reason in _layers_without_adapter(model, lora).items():
+        kind = f"in a base of type {model.config.model_type}"
+        refused[name] = f"matches {_last_part(name)}, {reason} {kind}"
     return refused
 
 
-def _layers_refused_by_peft(model: "PreTrainedModel", lora: LoraSettings) -> set[str]:
+def _layers_without_adapter(
+    model: "PreTrainedModel", lora: LoraSettings
+) -> dict[str, str]:
+    """Return the linear layers that get no adapter in bases of a model's type, and why."""
     config = lora_config(lora)
     names_of_experts = peft_names_of_experts(model)
     routers = router_layers(model)
-    refused = set()
+    passed_over = PASSED_OVER.get(text_config_of(model.config).model_type, ())
+    reasons = {}
     for name in _linear_layers(model):
         last = _last_part(name)
         is_refused = peft_refuses_layer(config, model, last)
         if is_refused or last in names_of_experts or name in routers:
-            refused.add(name)
-    return refused
+            reasons[name] = "which PEFT can't adapt"
+        elif last in passed_over:
+            reasons[name] = "whose adapter would not be trained"
+    return reasons
 
 
 def linear_targets(model: "PreTrainedModel", lora: LoraSettings) -> str | list[str]:
@@ -188,10 +195,9 @@ def linear_targets(model: "PreTrainedModel", lora: LoraSettings) -> str | list[s
         names = _linear_layers(model)
         return sorted(name for name in names if re.fullmatch(targets, name))
     head = model.get_output_embeddings()
-    refused = _layers_refused_by_peft(model, lora)
     layers = [
         name
-        for name in _linear_layers(model) - refused
+        for name in _linear_layers(model) - _layers_without_adapter(model, lora).keys()
         if model.get_submodule(name) is not head
     ]
     return sorted({_last_part(name) for name in layers})

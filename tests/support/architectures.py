@@ -256,9 +256,57 @@ PACKED: dict[str, dict[str, Any]] = {
         "lm_head_multiplier": 0.4,
         "embedding_multiplier": 3.0,
     },
+    "Gemma4Text with experts": {
+        **MIXTURE,
+        **SHORT_WINDOW,
+        **LAYERS,
+        "enable_moe_block": True,
+        "num_experts_per_tok": None,
+        "top_k_experts": 2,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "final_logit_softcapping": 3.0,
+    },
+    "Qwen3_5MoeText": {
+        **MIXTURE,
+        **LINEAR_ATTENTION,
+        "shared_expert_intermediate_size": 32,
+    },
+    "DeepseekV3": ARCHITECTURES["DeepseekV3"],
+    "Jamba": {**ARCHITECTURES["Jamba"], "num_experts": 4},
+    "NemotronH": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "ssm_state_size": 16,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+        "use_mamba_kernels": False,
+    },
+    "Gemma3nText": {
+        **TINY,
+        **SHORT_WINDOW,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "final_logit_softcapping": 3.0,
+    },
 }
 """Architectures that the packed engine trains, with values that change what they compute: windows
-shorter than rows, caps, scalars, biases, layers of all kinds."""
+shorter than rows, caps, scalars, biases, layers of all kinds. Names of variants follow the class."""
 
 
 def tiny_model(architecture: str, vocabulary: int, end: int) -> Any:
@@ -303,7 +351,7 @@ def packed_model(architecture: str, vocabulary: int, end: int) -> Any:
         "eos_token_id": end,
         "pad_token_id": end,
     }
-    config_class = getattr(transformers, f"{architecture}Config")
+    config_class = getattr(transformers, f"{architecture.split()[0]}Config")
     sizes = PACKED[architecture]
     known = config_class().to_dict()
     settings = {

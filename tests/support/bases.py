@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from support.architectures import PACKED
 from support.models import with_tokenizer_of
 
 VOCABULARY = 600
@@ -46,6 +47,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_mamba": (
         "FalconMamba",
         {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    ),
+    "gemma3n": (
+        "Gemma3nText",
+        {**PACKED["Gemma3nText"], "vocab_size_per_layer_input": VOCABULARY},
     ),
     "qwen3_moe": ("Qwen3Moe", EXPERTS),
 }

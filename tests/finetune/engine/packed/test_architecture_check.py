@@ -82,7 +82,36 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen3Next": {},
     "Olmoe": {},
     "DeepseekV3": {},
-    "FalconH1": {"mamba_chunk_size": 16},
+    "FalconH1": {},
+    "FalconH1 of 0.5B": {
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "mamba_d_ssm": 1536,
+        "mamba_n_heads": 24,
+        "mamba_d_head": 64,
+        "mamba_d_state": 128,
+    },
+    "Jamba": {},
+    "Gemma3nText": {},
+    "Qwen3_5MoeText": {},
+    "Gemma4Text with experts": {
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2,
+        "global_head_dim": 512,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+        "final_logit_softcapping": 30.0,
+    },
 }
 
 
@@ -92,19 +121,85 @@ def test_bases_of_published_sizes_pass(architecture: str) -> None:
     import transformers
 
     from finetune.engine.packed_support import packed_support
-    from finetune.model.small_config import small_config
+    from finetune.model.layer_kinds import config_with_few_layers
+    from finetune.model.small_config import narrow_config
 
-    config_class = getattr(transformers, f"{architecture}Config")
+    config_class = getattr(transformers, f"{architecture.split()[0]}Config")
     config = config_class(**PUBLISHED[architecture])
     before = config.to_json_string(use_diff=False)
-    small = small_config(config)
+    small = config_with_few_layers(narrow_config(config))
     assert config.to_json_string(use_diff=False) == before
-    assert small.num_hidden_layers <= 4
+    assert small.num_hidden_layers <= 6
     assert set(getattr(small, "layer_types", None) or []) == set(
         getattr(config, "layer_types", None) or []
     )
+    assert module_classes(small) == module_classes(config)
     result = packed_support(config)
     assert (result.refusal, result.answers_together) == (None, True)
+
+
+@pytest.mark.parametrize("architecture", ["NemotronH", "FalconH1"])
+def test_a_base_with_layers_that_peft_refuses_passes(architecture: str) -> None:
+    """Adapters of the check are on the layers that `all-linear` stands for."""
+    import transformers
+
+    from finetune.engine.packed_support import packed_support
+
+    config = getattr(transformers, f"{architecture}Config")()
+    assert packed_support(config).refusal is None
+
+
+def module_classes(config: Any) -> set[type]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {type(module) for module in model.modules()}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers"),
+    [
+        ("Llama", 2),  # all layers are of the same kind
+        ("Gemma3Text", 2),  # layers are listed
+        ("DeepseekV3", 4),  # the first three have no experts
+        ("Jamba", 5),  # the fifth of eight layers has attention
+        ("RecurrentGemma", 3),  # the third of three
+        ("LongcatFlash", 2),  # a block is two layers in the config
+        ("NemotronH", 4),  # their number follows from their list
+    ],
+)
+def test_a_small_base_has_no_more_layers_than_its_kinds_need(
+    architecture: str, layers: int
+) -> None:
+    import transformers
+
+    from finetune.model.layer_kinds import config_with_few_layers
+    from finetune.model.small_config import layer_count, narrow_config
+
+    config = getattr(transformers, f"{architecture}Config")()
+    small = config_with_few_layers(narrow_config(config))
+    assert layer_count(small) == layers
+    assert module_classes(small) == module_classes(config)
+
+
+def test_a_base_whose_first_layers_lack_a_kind_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kind that follows from the number of all layers."""
+    import torch
+    from transformers.models.llama import modeling_llama
+
+    class Block(modeling_llama.LlamaDecoderLayer):
+        def __init__(self, config: Any, layer_idx: int) -> None:
+            super().__init__(config, layer_idx)
+            if config.num_hidden_layers == 8:
+                self.norm = torch.nn.LayerNorm(config.hidden_size)
+
+    monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", Block)
+    refusal = support("Llama", num_hidden_layers=8).refusal
+    assert refusal == "no small base to try it on (fewer layers lack kinds of layers)"
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

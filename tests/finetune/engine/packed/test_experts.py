@@ -23,7 +23,17 @@ kinds = pytest.mark.parametrize(
         "GptOss",
         *(
             pytest.param(kind, marks=pytest.mark.slow)
-            for kind in ("GraniteMoe", "Glm4MoeLite", "Mixtral", "Qwen2Moe")
+            for kind in (
+                "GraniteMoe",
+                "Glm4MoeLite",
+                "Mixtral",
+                "Qwen2Moe",
+                "Gemma4Text with experts",
+                "Qwen3_5MoeText",
+                "DeepseekV3",
+                "Jamba",
+                "NemotronH",
+            )
         ),
     ],
 )
@@ -165,7 +175,9 @@ def test_a_run_in_4_bits_is_trls_and_its_adapter_plain_pefts(
         run(config, tmp_path / engine, RunContext(interactive=False))
     ours = losses(tmp_path / "packed")
     assert len(ours) == 20
-    assert ours == pytest.approx(losses(tmp_path / "trl"), rel=1e-5)
+    # Rounding grows from step to step, most of all through the state of a delta rule.
+    tolerance = 1e-4 if kind == "Qwen3_5MoeText" else 1e-5
+    assert ours == pytest.approx(losses(tmp_path / "trl"), rel=tolerance)
     trained = load_run(tmp_path / "packed")
     base = copy.deepcopy(trained.base)
     dequantize_experts(base, torch.float32)
