@@ -1,6 +1,6 @@
 """Write docs/options.md: every option with both engines and each quantization, each cell by a run.
 
-python docs/make_options.py [--to FILE] [--quantizations NAME,…]
+python docs/make_options.py [--to FILE] [--quantizations NAME,…] [--optimizers-once]
 
 It takes some minutes on a CPU, without a network. tests/test_options.py compares.
 """
@@ -22,6 +22,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from support.bases import make_base  # noqa: E402
 from support.configs import compose, tiny_overrides  # noqa: E402
 from support.tiny_base import give_biases, make_tiny_base  # noqa: E402
 
@@ -71,11 +72,12 @@ SHORT = (
 )
 
 
-def options(adapter: Path) -> dict[str, tuple[str, ...]]:
+def options(adapter: Path, experts: Path) -> dict[str, tuple[str, ...]]:
     """Return the overrides of each option, by what the table calls it.
 
     Args:
         adapter: A folder of PEFT's with an adapter of the base.
+        experts: The folder of a mixture of experts.
     """
     named = [
         "lora.dropout=0.1",
@@ -94,6 +96,7 @@ def options(adapter: Path) -> dict[str, tuple[str, ...]]:
         "lora.extra.exclude_modules=[o_proj]",
         "lora.extra.modules_to_save=[norm]",
         "lora.extra.lora_bias=true",
+        "lora.target_modules=[lm_head,q_proj]",
         "optimizer.lora_plus_ratio=8",
         "optimizer.max_grad_norm=0",
         "optimizer.weight_decay=0.1",
@@ -101,6 +104,7 @@ def options(adapter: Path) -> dict[str, tuple[str, ...]]:
         "trainer.max_minutes=1",
         "trainer.group_by_length=true",
         "trainer.gradient_checkpointing=true",
+        "trainer.gradient_checkpointing=partial",
         "trainer.gradient_accumulation_steps=2",
         "trainer.early_stopping_patience=1",
         "trainer.extra.neftune_noise_alpha=5",
@@ -109,7 +113,10 @@ def options(adapter: Path) -> dict[str, tuple[str, ...]]:
         "dataset.loss_on=all",
         "objective_at=best",
         "model.attn_implementation=eager",
+        "model.dtype=bfloat16",
+        "model.dtype=float32",
         "model.extra.attention_dropout=0.0",
+        "model.extra.attention_dropout=0.1",
         "quantization.bnb_4bit_compute_dtype=bfloat16",
         "quantization.bnb_4bit_compute_dtype=float16",
     ]
@@ -133,6 +140,11 @@ def options(adapter: Path) -> dict[str, tuple[str, ...]]:
             "+lora.extra.loftq_config={loftq_bits:4}",
         ),
         "lora.adapter=FOLDER": (f"lora.adapter={adapter}",),
+        "lora.extra.target_parameters=[down_proj]": (
+            f"model.name_or_path={experts}",
+            "lora.dropout=0",
+            "+lora.extra.target_parameters=[down_proj]",
+        ),
         "optimizer.name=sgd trainer.extra.optim_args='momentum=0.9'": (
             "optimizer.name=sgd",
             "+trainer.extra.optim_args='momentum=0.9'",
@@ -164,16 +176,22 @@ class Reasons:
         return self.numbers.setdefault(reason, len(self.numbers) + 1)
 
 
-def render(quantizations: Sequence[str]) -> str:
-    """Train all cells of some quantizations and return the page's text."""
+def render(quantizations: Sequence[str], optimizers_once: bool = False) -> str:
+    """Train all cells of some quantizations and return the page's text.
+
+    Args:
+        quantizations: The columns of each engine.
+        optimizers_once: Whether optimizers and schedules, which update the same float32 weights
+            beside each quantization, are trained with the first one, and have its cell in all.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = make_tiny_base(folder / "base")
         give_biases(base)
         adapter = _train_adapter(base, folder)
-        table = options(adapter)
+        table = options(adapter, make_base(base, folder / "experts", "qwen3_moe"))
         names = {str(folder): "FOLDER"}
-        cells = _cells(base, folder, table, quantizations, names)
+        cells = _cells(base, folder, table, quantizations, names, optimizers_once)
     reasons = Reasons()
     header = [f"{engine} {kind}" for engine in ENGINES for kind in quantizations]
     lines = [
@@ -207,6 +225,7 @@ def _cells(
     table: dict[str, tuple[str, ...]],
     quantizations: Sequence[str],
     names: dict[str, str],
+    optimizers_once: bool,
 ) -> dict[tuple[str, str, str], str | None]:
     """Train each cell; return why it is refused, None where it trains.
 
@@ -216,6 +235,7 @@ def _cells(
         table: The overrides of each option.
         quantizations: The columns of each engine.
         names: Texts that are replaced in reasons.
+        optimizers_once: As in `render`.
     """
     from finetune.run.resources import SharedResources
 
@@ -225,7 +245,13 @@ def _cells(
         gc.freeze()
         resources = SharedResources()
         for option, overrides in table.items():
+            is_optimizer = option.startswith("optimizer.")
             for engine in ENGINES:
+                if optimizers_once and is_optimizer and kind != quantizations[0]:
+                    cells[option, engine, kind] = cells[
+                        option, engine, quantizations[0]
+                    ]
+                    continue
                 words = (f"quantization={kind}", f"trainer.engine={engine}")
                 reason = _refusal(
                     (*tiny_overrides(base), *words, *SHORT, *overrides),
@@ -268,11 +294,12 @@ def main() -> None:
     parser.add_argument(
         "--quantizations", default=",".join(QUANTIZATIONS), metavar="NAME,…"
     )
+    parser.add_argument("--optimizers-once", action="store_true")
     arguments = parser.parse_args()
     quiet_libraries(bars=False)
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        text = render(arguments.quantizations.split(","))
+        text = render(arguments.quantizations.split(","), arguments.optimizers_once)
     arguments.to.write_text(text)
 
 

@@ -43,7 +43,8 @@ def create_optimizer(
             frees the memory that it has for that.
     """
     settings = config.optimizer
-    optimizer_class, arguments = optimizer_class_of(config)
+    optim_args = config.trainer.extra.get("optim_args")
+    optimizer_class, arguments = optimizer_class_of(settings, optim_args)
     if not is_paged and "is_paged" in arguments:
         arguments["is_paged"] = False
     arguments["lr"] = settings.resolved_learning_rate
@@ -81,20 +82,22 @@ def _parameter_groups(
 
 
 def optimizer_class_of(
-    config: RunConfig,
+    settings: OptimizerSettings, optim_args: str | None
 ) -> "tuple[type[torch.optim.Optimizer], dict[str, Any]]":
-    """Return the class of a run's optimizer and its arguments, as transformers' Trainer does.
+    """Return the class of an optimizer and its arguments, as transformers' Trainer does.
 
     Their learning rate, `lr`, is not the run's.
 
+    Args:
+        settings: The optimizer's settings.
+        optim_args: `trainer.extra.optim_args`: further arguments, as name=value,name=value.
+
     Raises:
-        ConfigError: The class can't be imported, or `trainer.extra.optim_args` can't be read.
+        ConfigError: The class can't be imported, or `optim_args` can't be read.
     """
     # Late: the import takes a second, and most runs have AdamW in 32 bits.
     from transformers import Trainer, TrainingArguments
 
-    settings = config.optimizer
-    optim_args = config.trainer.extra.get("optim_args")
     arguments = TrainingArguments(
         output_dir="checkpoints",  # nothing is written
         optim=settings.name,
@@ -117,26 +120,17 @@ def optimizer_class_of(
     return optimizer_class, keywords
 
 
-def check_optimizer(config: RunConfig) -> None:
-    """Let a run's optimizer take a step on a small matrix, before the base is loaded.
-
-    Raises:
-        ConfigError: The optimizer is missing, refuses its arguments, or can't compute on this
-            machine.
-    """
-    if not is_plain_adamw(config):
-        state_bytes([(64, 64)], config)
-
-
 def state_bytes(shapes: Sequence[tuple[int, ...]], config: RunConfig) -> int:
     """Return the bytes of an optimizer's state for parameters of these shapes.
 
     They are counted in the state after one step on a parameter of each shape.
 
     Raises:
-        ConfigError: As `check_optimizer`.
+        ConfigError: The optimizer is missing, refuses its arguments, or can't compute on this
+            machine.
     """
-    optimizer_class, arguments = optimizer_class_of(config)
+    optim_args = config.trainer.extra.get("optim_args")
+    optimizer_class, arguments = optimizer_class_of(config.optimizer, optim_args)
     if "is_paged" in arguments:
         arguments["is_paged"] = False  # the state has the same size
     sizes = functools.cache(

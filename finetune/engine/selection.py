@@ -1,5 +1,6 @@
 """Which engine trains a run: `packed` where it supports the config, else `trl`, and why."""
 
+import copy
 import logging
 import re
 from typing import TYPE_CHECKING
@@ -10,11 +11,12 @@ from finetune.config.sections.trainer import KEEPS_BASE
 from finetune.engine.packed_support import packed_support
 from finetune.errors import refusal
 from finetune.model.architectures import (
-    active_dropout,
+    active_dropouts,
     scaled_positions,
+    set_dropouts_to_zero,
     text_config_of,
 )
-from finetune.model.base_config import read_base_config
+from finetune.model.base_config import disabled_dropouts, read_base_config
 from finetune.model.device import on_gpu, spread_gpus
 from finetune.model.layer_devices import reason_not_spread
 from finetune.model.loading import skeleton_of
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 SUPPORTED_MODEL_ARGUMENTS = {"device_map"}
-"""Keys of `model.extra` that the packed engine supports."""
+"""Keys of `model.extra` that the packed engine supports, beside dropouts that are 0."""
 
 
 def choose_engine(config: RunConfig, source: BaseSource) -> str:
@@ -125,16 +127,31 @@ def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | Non
 
 
 def _unsupported_base(config: RunConfig, base: "PreTrainedConfig") -> str | None:
+    dropouts = active_dropouts(base)
+    without = copy.deepcopy(base)
+    set_dropouts_to_zero(without, dropouts)
+    reason = _unsupported_without_dropout(config, without)
+    if reason is None and dropouts:
+        # Its values would be drawn for all slots together.
+        values = ", ".join(f"{name}={value}" for name, value in dropouts.items())
+        overrides = " ".join(f"+model.extra.{name}=0" for name in dropouts)
+        reason = f"with {values}; {overrides} trains packed without dropout"
+    if reason is None:
+        return None
+    kind = f"of type {base.model_type}: {reason}"
+    return f"model.name_or_path={config.model.name_or_path} ({kind})"
+
+
+def _unsupported_without_dropout(
+    config: RunConfig, base: "PreTrainedConfig"
+) -> str | None:
     reason = _refused_by_name(config, base)
     if reason is None and text_config_of(base) is not base:
         reason = "with other modalities"
     if reason is None:
         # Last: a base of a kind that was never met is tried out.
         reason = packed_support(base).refusal
-    if reason is None:
-        return None
-    kind = f"of type {base.model_type}: {reason}"
-    return f"model.name_or_path={config.model.name_or_path} ({kind})"
+    return reason
 
 
 def answers_together(config: RunConfig, base: "PreTrainedConfig") -> bool:
@@ -146,7 +163,11 @@ def answers_together(config: RunConfig, base: "PreTrainedConfig") -> bool:
         config: The run's config.
         base: The base's own config.
     """
-    if _refused_by_name(config, base) is not None or text_config_of(base) is not base:
+    if (
+        _refused_by_name(config, base) is not None
+        or text_config_of(base) is not base
+        or active_dropouts(base)
+    ):
         return True
     return packed_support(base).answers_together
 
@@ -157,10 +178,6 @@ def _refused_by_name(config: RunConfig, base: "PreTrainedConfig") -> str | None:
     is_transformers_config = type(base).__module__.startswith("transformers.")
     if not is_transformers_config or (config.model.trust_remote_code and has_own_code):
         return "remote code"
-    # Its values would be drawn for all slots together.
-    dropout = active_dropout(base)
-    if dropout is not None:
-        return f"with {dropout}"
     limit = scaled_positions(base)
     longest = config.dataset.max_length
     if limit is not None and (longest is None or longest > limit):
@@ -177,8 +194,10 @@ def _unsupported_model_setting(config: RunConfig) -> str | None:
     if model.attn_implementation not in (None, "sdpa"):
         setting = f"model.attn_implementation={model.attn_implementation}"
         return f"{setting} (it has its own attention)"
-    if model.extra.keys() - SUPPORTED_MODEL_ARGUMENTS:
-        return f"model.extra={model.extra} ({_only(SUPPORTED_MODEL_ARGUMENTS)})"
+    others = model.extra.keys() - SUPPORTED_MODEL_ARGUMENTS
+    if others - {*disabled_dropouts(model)}:
+        supported = f"{_only(SUPPORTED_MODEL_ARGUMENTS)}, and 0 for a dropout"
+        return f"model.extra={model.extra} ({supported})"
     return None
 
 

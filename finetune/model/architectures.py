@@ -5,7 +5,7 @@ Everything here is read from a base's config. Where a description leaves somethi
 than the base's own code, and TRL trains the base.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,20 +117,27 @@ def logit_transform_of(config: "PreTrainedConfig") -> LogitTransform:
     return LogitTransform(factor, next(filter(None, caps), None))
 
 
-def active_dropout(config: "PreTrainedConfig") -> str | None:
-    """Return the first key of a base's config that drops values in training, as `key=value`."""
+def is_dropout(name: str) -> bool:
+    """Whether a key of a base's config is a probability of dropout in training."""
+    return any(part in name for part in DROPOUT_NAMES) and not any(
+        part in name for part in WITHOUT_DROPOUT
+    )
+
+
+def active_dropouts(config: "PreTrainedConfig") -> dict[str, float]:
+    """Return the keys of a base's config that drop values in training, with their values."""
     values: dict[str, Any] = text_config_of(config).to_dict()
-    for name, value in _dropouts(values):
-        if isinstance(value, float | int) and value > 0:
-            return f"{name}={value}"
-    return None
+    return {
+        name: value
+        for name, value in values.items()
+        if is_dropout(name) and isinstance(value, float | int) and value > 0
+    }
 
 
-def _dropouts(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        is_dropout = any(part in name for part in DROPOUT_NAMES)
-        if is_dropout and not any(part in name for part in WITHOUT_DROPOUT):
-            yield name, value
+def set_dropouts_to_zero(config: "PreTrainedConfig", names: Iterable[str]) -> None:
+    """Let a base drop no values in training by these keys of its config."""
+    for name in names:
+        setattr(text_config_of(config), name, 0.0)
 
 
 def scaled_positions(config: "PreTrainedConfig") -> int | None:

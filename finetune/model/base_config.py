@@ -13,6 +13,11 @@ from safetensors import SafetensorError
 
 from finetune.config.sections.model import ModelSettings
 from finetune.errors import ConfigError, refusal
+from finetune.model.architectures import (
+    is_dropout,
+    set_dropouts_to_zero,
+    text_config_of,
+)
 from finetune.model.source import BaseSource
 
 if TYPE_CHECKING:
@@ -33,8 +38,10 @@ def read_published_config(
 ) -> "PreTrainedConfig":
     """Read a base's config as its files have it, with all its modalities.
 
+    Only its dropouts are those of `model.extra` where that sets them to 0.
+
     Raises:
-        ConfigError: It can't be read.
+        ConfigError: It can't be read, or has no such dropout.
     """
     from transformers import AutoConfig
 
@@ -44,7 +51,22 @@ def read_published_config(
             revision=source.revision,
             trust_remote_code=model.trust_remote_code,
         )
+    dropouts = disabled_dropouts(model)
+    for name in dropouts:
+        if not hasattr(text_config_of(config), name):
+            reason = "is not in the base's config"
+            raise refusal(f"model.extra.{name}", model.extra[name], reason)
+    set_dropouts_to_zero(config, dropouts)
     return config
+
+
+def disabled_dropouts(model: ModelSettings) -> list[str]:
+    """Return the keys of `model.extra` that set a dropout of the base to 0."""
+    return [
+        name
+        for name, value in model.extra.items()
+        if is_dropout(name) and isinstance(value, float | int) and value == 0
+    ]
 
 
 def text_model_config(published: "PreTrainedConfig") -> "PreTrainedConfig":

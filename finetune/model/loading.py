@@ -19,6 +19,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.sections.model import ModelSettings
 from finetune.errors import ConfigError, refusal
 from finetune.model.base_config import (
+    disabled_dropouts,
     explain_loading_errors,
     other_parts,
     read_published_config,
@@ -101,6 +102,8 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     requantized = is_quantized_again(present, quantization)
     if base_config is not published:
         arguments |= _text_model_arguments(published, base_config)
+    elif disabled_dropouts(settings):
+        arguments["config"] = base_config
     if requantized:
         arguments["config"] = without_quantization(base_config)
     if quantization.is_quantized and (present is None or requantized):
@@ -181,7 +184,11 @@ def _copy_mapped_weights(model: "PreTrainedModel") -> None:
 
 def _extra_arguments(settings: ModelSettings) -> dict[str, Any]:
     """Return the further arguments of `from_pretrained`, with the device that holds the base."""
-    arguments = dict(settings.extra)
+    # The base's config has these dropouts already.
+    dropouts = disabled_dropouts(settings)
+    arguments = {
+        name: value for name, value in settings.extra.items() if name not in dropouts
+    }
     # Without a GPU there is only the CPU, whatever the config says. Without a map transformers
     # would load onto the CPU even beside a GPU.
     if not on_gpu():

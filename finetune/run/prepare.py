@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from finetune.config.schema import RunConfig
 from finetune.data.rows import Rows
 from finetune.data.token_file import Tokens
-from finetune.engine.optimizers import check_optimizer
+from finetune.engine.optimizer_check import check_optimizer, check_schedule
 from finetune.engine.schedule import total_steps
 from finetune.engine.selection import choose_engine
 from finetune.errors import refusal
@@ -98,6 +98,7 @@ def prepare(config: RunConfig, rows: Rows, context: RunContext) -> Prepared:
     if config.evaluation.has_tasks:
         check_tasks(config, tokenizer, read_base_config(source, config.model))
     steps = total_steps(config, train.lengths)
+    check_schedule(config, steps)
     if engine == "trl":
         _check_trl_arguments(config, steps)
     metrics = load_metrics(config.evaluation)

@@ -128,6 +128,14 @@ class TrainerSettings(Section):
         self.require("max_minutes", minutes is None or minutes > 0, allowed)
         minutes = self.save_minutes
         self.require("save_minutes", minutes is None or minutes > 0, allowed)
+        self._check_extra()
+
+    def _check_extra(self) -> None:
+        limit = self.extra.get("save_total_limit")
+        is_count = isinstance(limit, int) and not isinstance(limit, bool)
+        if limit is not None and not (is_count and limit >= 0):
+            allowed = "must be a whole number of at least 0 (0: all), or null: all"
+            raise refusal("trainer.extra.save_total_limit", limit, allowed)
         noise = self.extra.get("neftune_noise_alpha")
         is_number = isinstance(noise, int | float) and not isinstance(noise, bool)
         if noise is not None and not (is_number and noise > 0):

@@ -21,6 +21,20 @@ RESERVED_ARGUMENTS = {
 }  # fmt: skip
 """Arguments of SFTConfig that `trainer.extra` may not set, because the reporter relies on them."""
 
+WITHOUT_EFFECT = {
+    # Rows, which the project reads, tokenises and orders.
+    "assistant_only_loss", "completion_only_loss", "data_seed", "dataset_num_proc", "eval_packing",
+    "length_column_name", "shuffle_dataset", "truncation_mode",
+    # Evaluations.
+    "batch_eval_metrics", "bf16_full_eval", "do_predict", "do_train", "eval_accumulation_steps",
+    "eval_delay", "eval_do_concat_batches", "eval_use_gather_object", "fp16_full_eval",
+    "greater_is_better", "include_for_metrics", "metric_for_best_model", "prediction_loss_only",
+    # The base, the progress bar, resuming and trackers.
+    "disable_tqdm", "model_init_kwargs", "project", "resume_from_checkpoint", "run_name",
+    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "trust_remote_code",
+}  # fmt: skip
+"""Arguments of SFTConfig for what the project does itself, so that they would change nothing."""
+
 OVERRIDABLE_ARGUMENTS = {"fp16", "bf16", "router_aux_loss_coef"}
 """Arguments that a run sets and `trainer.extra` may set otherwise."""
 
@@ -37,8 +51,8 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
         The arguments, with those of `trainer.extra`.
 
     Raises:
-        ConfigError: `trainer.extra` names an argument that has a key of its own, or that SFTConfig
-            does not accept.
+        ConfigError: `trainer.extra` names an argument that has a key of its own, that has no
+            effect, or that SFTConfig does not accept.
     """
     arguments = {
         "output_dir": str(checkpoints),
@@ -65,12 +79,15 @@ def training_arguments(config: RunConfig, checkpoints: Path, steps: int) -> SFTC
 
 
 def _check_extra(extra: dict[str, Any], arguments: Iterable[str]) -> None:
-    """Refuse further arguments that a run sets itself."""
+    """Refuse further arguments that a run sets itself, or that change nothing."""
     refused = {*arguments, *RESERVED_ARGUMENTS} - OVERRIDABLE_ARGUMENTS
     for name, value in extra.items():
         if name in refused:
             allowed = "has a key of its own, or is the project's to set"
             raise refusal(f"trainer.extra.{name}", value, allowed)
+        if name in WITHOUT_EFFECT:
+            reason = "has no effect: the project, not TRL, does what it is for"
+            raise refusal(f"trainer.extra.{name}", value, reason)
 
 
 def _batch_arguments(config: RunConfig, steps: int) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def test_what_neither_engine_does_is_refused(engine: str, tiny: Tiny) -> None:
         ("+trainer.extra.save_total_limit=2",),
         ("model.attn_implementation=sdpa",),
         ("model.dtype=float32", NONE),
+        ("+model.extra.attention_dropout=0.0",),
     ],
     ids=str,
 )
@@ -113,7 +114,8 @@ def test_what_is_for_the_packed_engine_is_its_without_a_word(
     [
         (
             {"attention_dropout": 0.1},
-            "(of type llama: with attention_dropout=0.1)",
+            "(of type llama: with attention_dropout=0.1; "
+            "+model.extra.attention_dropout=0 trains packed without dropout)",
         ),
         (
             {
