@@ -59,18 +59,30 @@ def run(
         ConfigError: The user can mend it.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is written.
     """
-    steps = run_steps(config, RunFolder(path), context or RunContext())
-    return drive(steps)
+    return drive(fetched_run_steps(config, RunFolder(path), context or RunContext()))
+
+
+def fetched_run_steps(
+    config: RunConfig, folder: RunFolder, context: RunContext
+) -> RunSteps[Objective]:
+    """Do what `run_steps` does, with the copy in the mirror of a run that is not here."""
+    mirror = Mirror(config.mirror)
+    mirror.check()
+    with folder.locked():
+        if not folder.identity.exists():
+            mirror.fetch_run(folder)
+        return (yield from run_steps(config, folder, context))
 
 
 def run_steps(
     config: RunConfig, folder: RunFolder, context: RunContext
 ) -> RunSteps[Objective]:
-    """Do what `run` does, as a generator, so that many runs can train together in one process."""
+    """Do what `run` does, as a generator, so that many runs can train together in one process.
+
+    Nothing is fetched from a mirror: that would bring back what was removed for another attempt.
+    """
     mirror = Mirror(config.mirror)
-    mirror.check()
     with folder.locked():
-        mirror.fetch(folder.path)
         # Compare the config before rows and base are read. The recorded one has its rate resolved.
         if folder.identity.exists():
             config = resolve_learning_rate(config, context.resources)
@@ -79,7 +91,7 @@ def run_steps(
         metrics = _completed_metrics(folder)
         if metrics is not None:
             log.info("%s: this run is completed already", folder.path)
-            mirror.copy(folder.path)
+            mirror.copy_run(folder.path)
             Mirror.finish()
             return objective_of(config, metrics)
         result = Result(config, context)
@@ -87,7 +99,7 @@ def run_steps(
             yield from _run_and_record(result, folder)
         finally:
             _notify(result, folder)
-            mirror.copy(folder.path)
+            mirror.copy_run(folder.path)
             if context.interactive:
                 Mirror.finish()
         return objective_of(config, result.metrics)
