@@ -5,6 +5,7 @@ Each stage has a file of its own beside this one. Whatever happens on the way, t
 """
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 from pathlib import Path
@@ -180,14 +181,20 @@ def _remove_checkpoints(config: RunConfig, folder: RunFolder) -> None:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
-def resume(path: str | Path) -> Objective:
+def resume(path: str | Path, mirror: str | None = None) -> Objective:
     """Resume the run in a folder from its last checkpoint, with its own config.
+
+    Args:
+        path: The run folder.
+        mirror: Takes the run's copies from now on; None: the config's does.
 
     Raises:
         ConfigError: No run began in the folder, or the user can mend what ended it.
         Interrupted: Ctrl-C or SIGTERM.
     """
     config = read_run_config(path)
+    if mirror is not None:
+        config = dataclasses.replace(config, mirror=mirror)
     # Hydra, which sets up the logging of a new run, is not started here.
     terminal = logging.StreamHandler()
     terminal.setFormatter(logging.Formatter("%(message)s"))

@@ -99,6 +99,34 @@ def test_a_study_goes_on_with_the_trials_that_it_had(
     assert (copied / "best" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_a_run_that_began_without_a_mirror_is_copied_to_that_of_resume(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    begun = station.run(
+        *tiny_overrides(tiny_base), "name=a", "trainer.max_steps=1", cwd=tmp_path
+    )
+    assert begun.returncode == 0, begun.stderr
+    copies = tmp_path / "copies"
+    environment = {"MIRROR": str(copies)}
+
+    words = ("resume=a", "mirror=${oc.env:MIRROR}")
+    resumed = station.run(*words, cwd=tmp_path, environment=environment)
+
+    assert resumed.returncode == 0, resumed.stderr
+    (copy,) = copies.glob("outputs/runs/a/*")
+    assert (copy / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_resume_shows_no_secret_of_a_mirror(station: Station, tmp_path: Path) -> None:
+    environment = {"MIRROR": "ftp://me:hunter22@host/x"}
+    words = ("resume=a", "mirror=${oc.env:MIRROR}")
+    refused = station.run(*words, cwd=tmp_path, environment=environment)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: mirror: a password in an address")
+    assert "hunter22" not in refused.stderr
+
+
 def test_resume_names_the_mirror_that_has_no_such_run(
     station: Station, tmp_path: Path
 ) -> None:
