@@ -20,11 +20,11 @@ def task(composed: "DictConfig") -> "Objective":
     return run_job(composed)
 
 
-def resume(folder: "Path") -> "Objective":
-    """Continue the run in a folder from its last checkpoint."""
+def resume(folder: "Path", mirror: str | None) -> "Objective":
+    """Continue the run in a folder from its last checkpoint, with copies in a mirror."""
     from finetune.run.run import resume as resume_run
 
-    return resume_run(folder)
+    return resume_run(folder, mirror)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.app import folder_to_resume, require_overrides, run_overrides
+from finetune.app import require_overrides, run_overrides, run_to_resume
 from finetune.config.schema import RunConfig
 from finetune.console import log_to_stderr
 from finetune.data.types import Prompt
@@ -48,7 +48,8 @@ def train(*overrides: str) -> "Run":
     """Train a run, as `python -m finetune OVERRIDES` does.
 
     Args:
-        overrides: overrides of the config, as `"lora.r=8"`; `"resume=RUN"` alone resumes a run.
+        overrides: overrides of the config, as `"lora.r=8"`; `"resume=RUN"` resumes a run, with no
+            other override than `mirror`.
 
     Returns:
         The completed run.
@@ -60,12 +61,13 @@ def train(*overrides: str) -> "Run":
     """
     require_overrides(overrides)
     with in_process():
-        folder = folder_to_resume(overrides)
-        if folder is None:
+        resumed = run_to_resume(overrides)
+        if resumed is None:
             job = run_overrides(overrides, run_job)
             folder = Path(job.hydra_cfg.hydra.runtime.output_dir)
         else:
-            resume(folder)
+            resume(*resumed)
+            folder = resumed[0]
     return Run(folder.absolute())
 
 

@@ -13,33 +13,43 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
 
 from finetune.commands import explain_word
 from finetune.compat import hydra_argument_parser
 from finetune.config.keys import expand_short_form
+from finetune.config.mirror_address import refuse_secrets_in_mirror
 from finetune.config.paths import CONF, PLAIN_NAME, is_plain_name
 from finetune.config.plain_values import STUDY_EVAL_STEPS, resolve_study_eval_steps
 from finetune.config.schema import RunConfig
 from finetune.config.secrets import refuse_secrets_in
-from finetune.console import VERSION, CommandParser, ignore_warnings, run_command
+from finetune.console import (
+    VERSION,
+    CommandParser,
+    ignore_warnings,
+    run_command,
+    summary_line,
+)
 from finetune.errors import ConfigError, did_you_mean, refusal
 from finetune.files.find_run import fetch_run, find_run
 from finetune.files.mirror import Mirror
 from finetune.job_failures import JobFailures, Task
 
+Resume = Callable[[Path, str | None], object]
+"""Continues the run in a folder, with copies in a mirror; None: those of the run's config."""
 
-def hydra_app(task: Task, resume: Callable[[Path], object]) -> None:
+
+def hydra_app(task: Task, resume: Resume) -> None:
     """Compose `conf/` with the command line and call the task with it, as `hydra.main` does.
 
     Args:
         task: trains the run of a composed config; called once for each job.
-        resume: continues the run in a folder; called instead of the task where the command line
-            has `resume=RUN`.
+        resume: called instead of the task where the command line has `resume=RUN`.
     """
     run_command(lambda: run_app(task, resume))
 
 
-def run_app(task: Task, resume: Callable[[Path], object]) -> None:
+def run_app(task: Task, resume: Resume) -> None:
     """Do what `hydra_app` does, for a command that has the arguments in `sys.argv` already.
 
     Its errors are raised.
@@ -48,9 +58,9 @@ def run_app(task: Task, resume: Callable[[Path], object]) -> None:
     arguments = parse_hydra_arguments(sys.argv[1:])
     overrides: list[str] = arguments.overrides
     only_shows = arguments.cfg or arguments.help or arguments.info
-    folder = None if only_shows else folder_to_resume(overrides)
-    if folder is not None:
-        resume(folder)
+    resumed = None if only_shows else run_to_resume(overrides)
+    if resumed is not None:
+        resume(*resumed)
         return
     # In place, because `hydra.main` reads the command line itself.
     for position, word in enumerate(sys.argv[1:], start=1):
@@ -214,11 +224,11 @@ def check_override(override: str) -> str:
     return f"++{override}" if adds_key else expand_short_form(override)
 
 
-def folder_to_resume(overrides: Sequence[str]) -> Path | None:
-    """Return the folder of `resume=RUN`, or None where the overrides start a new run.
+def run_to_resume(overrides: Sequence[str]) -> tuple[Path, str | None] | None:
+    """Return folder and mirror of `resume=RUN`, or None where the overrides start a new run.
 
     A resumed run keeps the config that it started with, so no other override is allowed than
-    `mirror`, from which the run is fetched if it is not here.
+    `mirror`, from which the run is fetched if it is not here, and to which it is copied.
 
     Raises:
         ConfigError: there is another override, or no such run.
@@ -238,10 +248,15 @@ def folder_to_resume(overrides: Sequence[str]) -> Path | None:
             f"{key}={value}: resume takes no other override than mirror; a run continues with its "
             "own config"
         )
-    if mirror:
-        refuse_secrets_in(f"mirror={mirror}")
-        return fetch_run(Mirror(mirror), name)
-    return find_run("resume", name)
+    if not mirror:
+        return find_run("resume", name), None
+    # Hydra, which resolves `${oc.env:NAME}`, is not started here.
+    try:
+        mirror = str(OmegaConf.create({"mirror": mirror}).mirror)
+    except OmegaConfBaseException as error:
+        raise refusal("mirror", mirror, summary_line(error)) from None
+    refuse_secrets_in_mirror(mirror)
+    return fetch_run(Mirror(mirror), name), mirror
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Registered as a plugin by the package's entry point, so Hydra imports it at ever
 heavy is imported when a sweep begins.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -77,7 +78,10 @@ class StudySweeper(Sweeper):
         from sweeps.study.stored_command import store_command
 
         store_command(study, self._config, arguments)
-        with notified_at_end(study, session.common.notify):
+        with (
+            _copied_at_end(study, session),
+            notified_at_end(study, session.common.notify),
+        ):
             _enqueue(study, draft)
             if _has_work(study, draft):
                 run_workers(study, session)
@@ -155,6 +159,16 @@ def _open(draft: "Draft") -> "tuple[Study, Session]":
     return study, session
 
 
+def _copied_at_end(
+    study: "Study", session: "Session"
+) -> contextlib.AbstractContextManager[None]:
+    """Copy the study's journal to the mirror when the block has ended."""
+    # Loads Optuna.
+    from sweeps.study.mirrored import copied_at_end
+
+    return copied_at_end(Mirror(session.common.mirror), study)
+
+
 def _print_answer(folder: "Path") -> None:
     """Print the answer that the last of a session's jobs has written."""
     from optuna.trial import TrialState
@@ -192,7 +206,8 @@ class JoiningSweeper(StudySweeper):
 
         if _has_work(study, draft):
             try:
-                run_workers(study, session, waits=False)
+                with _copied_at_end(study, session):
+                    run_workers(study, session, waits=False)
             except StorageLost:
                 raise
             except Interrupted:
@@ -223,7 +238,8 @@ class QueuedSweeper(StudySweeper):
         store_command(study, self._config, arguments)
         _enqueue(study, draft)
         if _has_work(study, draft):
-            run_workers(study, session, waits=False)
+            with _copied_at_end(study, session):
+                run_workers(study, session, waits=False)
             _explain_end(study, session)
         if study.trials(TrialState.RUNNING):
             log.info("study %s: %s", study.name, _describe_rest(study))
@@ -360,7 +376,8 @@ def _conclude(study: "Study", session: "Session") -> None:
     folder = os.path.relpath(study.folder)
     no_answer: NoAnswer | None = None
     try:
-        remove_adapters(study, session.settings.keep_adapters)
+        mirror = Mirror(session.common.mirror)
+        remove_adapters(study, session.settings.keep_adapters, mirror)
         if session.settings.confirm:
             _confirm(study, session)
         conclude(study, session.common.tracker)

@@ -25,7 +25,8 @@ variable may hold a port."""
 _SECRET_NAME = r"passw|passphrase|passcode|pwd|secret|token|api_?key|credential"
 
 
-_SECRET_KEY = re.compile(rf"(?i){_SECRET_NAME}")
+SECRET_KEY = re.compile(rf"(?i){_SECRET_NAME}")
+"""A key of an address's query that holds a secret."""
 
 
 _SECRET_SETTING = re.compile(rf"(?i)\w*({_SECRET_NAME})\w*\s*=\s*\S")
@@ -73,7 +74,7 @@ def refuse_secrets_in_address(key: str, written: str) -> None:
     Raises:
         ConfigError: the address holds a secret, or can't be parsed. The message does not show it.
     """
-    address = _without_interpolations(written)
+    address = without_interpolations(written)
     # A plain word holds no secret; the opening of the storage refuses it.
     if "://" not in address and not re.search(r"[@:?=]", address):
         return
@@ -90,7 +91,7 @@ def secrets_in(url: "URL") -> list[str]:
     """Return the secrets of an address: its password, and secret values in its query."""
     secrets = [str(url.password)] if url.password else []
     for name, values in url.normalized_query.items():
-        is_secret = bool(_SECRET_KEY.search(name))
+        is_secret = bool(SECRET_KEY.search(name))
         for value in values:
             if value and (is_secret or _SECRET_SETTING.search(value)):
                 secrets.append(value)
@@ -132,7 +133,7 @@ def hide_secrets(text: str, key: str, address: str) -> str:
     return text
 
 
-def _without_interpolations(written: str) -> str:
+def without_interpolations(written: str) -> str:
     """Replace each interpolation by its default, or by `ENVIRONMENT`."""
 
     def stand_in(match: re.Match[str]) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from finetune.config.command_secrets import command_words, refuse_secrets_in_command
 from finetune.config.convert import build
+from finetune.config.mirror_address import refuse_secrets_in_mirror
 from finetune.config.paths import PLAIN_NAME, is_plain_name
 from finetune.config.plain_values import (
     expand_task_objectives,
@@ -106,6 +107,8 @@ class RunConfig(Section):
         # `numpy.random.seed`, which transformers calls, takes no larger number.
         allowed = "must be a whole number from 0 to 4294967295"
         self.require("seed", 0 <= self.seed < 2**32, allowed)
+        if self.mirror is not None:
+            refuse_secrets_in_mirror(self.mirror)
         self._check_sample_limits()
         allowed = "must be a metric's name, or a list of them"
         self.require("objective", bool(self.objective), allowed)

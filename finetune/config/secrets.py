@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.config.addresses import refuse_secrets_in_address
 from finetune.config.command_secrets import COMMAND_KEY, refuse_secrets_in_command
+from finetune.config.mirror_address import refuse_secrets_in_mirror
 from finetune.errors import ConfigError
 
 STORAGE_KEY = "hydra.sweeper.storage"
@@ -58,7 +59,7 @@ def refuse_secrets_in(override: str) -> None:
     """Refuse an override that holds a credential, before Hydra writes it to files.
 
     Raises:
-        ConfigError: a credential, or a database address with a password. Neither is repeated.
+        ConfigError: a credential, or an address with a password. Neither is repeated.
     """
     secret = _SECRET_IN_OVERRIDE.search(override)
     if secret:
@@ -69,7 +70,7 @@ def refuse_secrets_in(override: str) -> None:
         refuse_secrets_in_address(STORAGE_KEY, address)
     key, _, text = override.lstrip("+").partition("=")
     if key == "mirror":
-        refuse_secrets_in_address(key, text.strip("'\""))
+        refuse_secrets_in_mirror(text.strip("'\""))
     if key == COMMAND_KEY:
         value = _parsed_value(override)
         words = value if isinstance(value, list) else text.strip("[]").split(",")

@@ -52,22 +52,30 @@ def find_run(key: str, name: str) -> Path:
 
 
 def fetch_run(mirror: "Mirror", name: str) -> Path:
-    """Return the folder of a run; fetch what it lacks from a mirror.
+    """Return the folder of a run; of NAME the newest one, here or fetched from a mirror.
 
     Args:
         mirror: Has copies of run folders.
-        name: A run folder, NAME/TIME or NAME (its newest run) under `outputs/runs`.
+        name: A run folder, NAME/TIME or NAME under `outputs/runs`.
 
     Raises:
         ConfigError: There is no such run, here or in the mirror.
     """
     mirror.check()
-    for folder in (Path(name), RUNS / name):
-        newest = mirror.newest_run(folder)
-        if newest is not None:
-            mirror.fetch(newest)
-            return newest
-    return find_run("resume", name)
+    folders = (Path(name).expanduser(), RUNS / name)
+    copies = filter(None, map(mirror.newest_run, folders))
+    copied = next(copies, None)
+    try:
+        run = find_run("resume", name)
+    except ConfigError:
+        if copied is None:
+            raise
+    else:
+        # A run's folder is named by the time when it began.
+        if copied is None or run.name >= copied.name:
+            return run
+    mirror.fetch_run(RunFolder(copied))
+    return copied
 
 
 def _runs() -> list[Path]:

@@ -1,29 +1,36 @@
 """Copies of run and study folders in another file system: the key `mirror`.
 
 Work and locks stay on the local disk. Files are copied when a checkpoint is complete and when a run
-or a trial has ended; a resumed run or study fetches what its folder lacks. Any file system of
-fsspec takes the copies: s3://, gs://, a folder.
+or a trial has ended; a resumed run or study fetches what is not here. Any file system of fsspec
+takes the copies: s3://, gs://, a folder.
 """
 
 import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from finetune.errors import refusal
 from finetune.files.atomic import draft_folder
-from finetune.files.run_folder import PROGRESS
+from finetune.files.mirrored_files import (
+    file_order,
+    file_state,
+    finished_files,
+    is_run,
+    put_file,
+    read_file,
+    relative_names,
+)
+from finetune.files.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 KEY = "mirror"
-
-LAST_FILES = (PROGRESS, "run.json", "result.json", "study.journal")
-"""Files that say that others are there: they are copied after those."""
+"""The config key of its address."""
 
 _copied: dict[tuple[str, Path], tuple[int, int]] = {}
 """Size and time stamp of each file when this process copied it."""
@@ -45,8 +52,8 @@ class Mirror:
         """Take an address of fsspec.
 
         Args:
-            url: A folder's copy has the same path below it as below the working directory; None:
-                nothing is copied.
+            url: A folder's copy has the same path below it as below the working directory, or as
+                below the root for folders elsewhere; None: nothing is copied.
         """
         self._url = url.rstrip("/") if url else None
 
@@ -68,26 +75,47 @@ class Mirror:
             )
             raise refusal(KEY, self._url, allowed) from None
 
-    def copy(self, folder: Path, without: str = "") -> None:
+    def copy(self, folder: Path, without: Collection[str] = ()) -> None:
         """Copy what is new in a folder, in a thread. A failure is one warning.
 
         Args:
-            folder: A run's or a study's folder.
-            without: A subfolder that is left out.
+            folder: A study's folder.
+            without: Names in it that are left out.
         """
-        if self._url is None:
-            return
+        if self._url is not None:
+            self._submit(folder, without, removes=False)
+
+    def copy_run(self, folder: Path) -> None:
+        """Make the copy of a run's folder equal to the folder, as `copy` does.
+
+        What the run's process has removed is removed there too, so that it never comes back.
+
+        Args:
+            folder: The folder of a run that this process holds, or that has ended.
+        """
+        if self._url is not None:
+            self._submit(folder, without=(), removes=True)
+
+    def _submit(self, folder: Path, without: Collection[str], removes: bool) -> None:
         self._pending[:] = [future for future in self._pending if not future.done()]
-        self._pending.append(_thread().submit(self._copy, folder, without))
+        copied = _thread().submit(self._copy, folder, without, removes)
+        self._pending.append(copied)
 
     @classmethod
     def finish(cls) -> None:
-        """Wait for all copies of this process."""
+        """Wait for all copies of this process, and end their thread."""
         while cls._pending:
             cls._pending.pop().result()
+        # No thread stays behind in a user's process.
+        _thread().shutdown()
+        _thread.cache_clear()
 
-    def fetch(self, folder: Path) -> None:
-        """Fetch the files that a folder lacks and the mirror has.
+    def fetch(self, folder: Path, without: Collection[str] = ()) -> None:
+        """Fetch the files that a folder lacks; runs in it that are here stay as they are.
+
+        Args:
+            folder: A study's folder.
+            without: Names in it that are left out.
 
         Raises:
             ConfigError: The mirror can't be read.
@@ -95,7 +123,58 @@ class Mirror:
         if self._url is None:
             return
         with self._reading():
-            self._fetch(folder)
+            system, root = self._open(folder)
+            names = [
+                name
+                for name in relative_names(system, root)
+                if name.partition("/")[0] not in without
+            ]
+            runs = {PurePosixPath(name).parent for name in names if is_run(name)}
+            # Files of an older and of a newer state of a run would not fit together.
+            here = [f"{run}/" for run in runs if (folder / run / "run.json").exists()]
+            missing = [
+                name
+                for name in names
+                if not name.startswith(tuple(here)) and not (folder / name).exists()
+            ]
+            if not missing:
+                return
+            with self._downloaded(system, root, missing, folder) as draft:
+                self._move(draft, missing, folder)
+
+    def fetch_run(self, folder: RunFolder) -> None:
+        """Replace a run by its copy, if the mirror has one.
+
+        Raises:
+            ConfigError: The mirror can't be read.
+            FolderHeld: Another process holds the folder.
+        """
+        if self._url is None:
+            return
+        with self._reading():
+            system, root = self._open(folder.path)
+            names = relative_names(system, root)
+        if not names:
+            return
+        with (
+            folder.locked(),
+            self._reading(),
+            self._downloaded(system, root, names, folder.path) as draft,
+        ):
+            folder.clear()
+            self._move(draft, names, folder.path)
+
+    def read(self, path: Path) -> bytes:
+        """Return the copy of a file; nothing if there is none.
+
+        Raises:
+            ConfigError: The mirror can't be read.
+        """
+        if self._url is None:
+            return b""
+        with self._reading():
+            system, target = self._open(path)
+            return read_file(system, target)
 
     def newest_run(self, folder: Path) -> Path | None:
         """Return the newest run folder that the mirror has at or below a folder.
@@ -107,9 +186,9 @@ class Mirror:
             return None
         with self._reading():
             system, root = self._open(folder)
-            paths = [PurePosixPath(name) for name in _relative_names(system, root)]
+            paths = [PurePosixPath(name) for name in relative_names(system, root)]
         # A run's folder is named by the time when it began.
-        runs = sorted(path.parent for path in paths if path.name == "run.json")
+        runs = sorted(path.parent for path in paths if is_run(path.name))
         return folder / runs[-1] if runs else None
 
     @contextlib.contextmanager
@@ -129,13 +208,14 @@ class Mirror:
         system, root = fsspec.core.url_to_fs(f"{self._url}/{_name(folder)}")
         return system, root
 
-    def _copy(self, folder: Path, without: str) -> None:
+    def _copy(self, folder: Path, without: Collection[str], removes: bool) -> None:
         try:
             system, root = self._open(folder)
             new = dict(self._new_files(folder, without))
-            for name in sorted(new, key=_vouches):
+            for name in sorted(new, key=file_order):
                 self._put(system, f"{root}/{name}", new[name])
-            _remove_old_checkpoints(system, root, folder)
+            if removes:
+                self._remove_old(system, root, folder)
         except Exception as error:
             log.warning(
                 "%s=%s: %s was not copied (%s); the next copy takes it along",
@@ -145,107 +225,75 @@ class Mirror:
                 _reason(error),
             )
 
-    def _new_files(self, folder: Path, without: str) -> Iterator[tuple[str, Path]]:
+    def _new_files(
+        self, folder: Path, without: Collection[str]
+    ) -> Iterator[tuple[str, Path]]:
         """Yield names and paths of finished files that have changed since they were copied."""
-        for path in _finished_files(folder):
+        for path in finished_files(folder):
             name = path.relative_to(folder).as_posix()
-            if without and name.startswith(f"{without}/"):
+            if name.partition("/")[0] in without:
                 continue
-            if _copied.get((str(self._url), path)) != _state(path):
+            if _copied.get((str(self._url), path)) != file_state(path):
                 yield name, path
 
     def _put(self, system: Any, target: str, path: Path) -> None:
         """Copy a file. It may be gone: a checkpoint is removed when the next one is complete."""
         with contextlib.suppress(FileNotFoundError):
-            state = _state(path)
-            _put_file(system, path, target)
+            state = file_state(path)
+            put_file(system, path, target)
             _copied[str(self._url), path] = state
 
-    def _fetch(self, folder: Path) -> None:
-        system, root = self._open(folder)
-        missing = [
-            name
-            for name in _relative_names(system, root)
-            if not (folder / name).exists()
-        ]
-        if not missing:
+    def _remove_old(self, system: Any, root: str, folder: Path) -> None:
+        """Remove the copies of files that the run has removed."""
+        # A disk that is gone has removed nothing.
+        if not folder.is_dir():
             return
+        # The folders of other runs may be below this one.
+        names_of_run = RunFolder(folder).names
+        for name in relative_names(system, root):
+            is_of_run = name.partition("/")[0] in names_of_run
+            if is_of_run and not (folder / name).exists():
+                system.rm_file(f"{root}/{name}")
+                _copied.pop((str(self._url), folder / name), None)
+
+    @contextlib.contextmanager
+    def _downloaded(
+        self, system: Any, root: str, names: Iterable[str], folder: Path
+    ) -> Iterator[Path]:
+        """Download files to a draft within a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         with draft_folder(folder, ".mirror") as draft:
-            for name in missing:
+            for name in names:
                 target = draft / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 system.get_file(f"{root}/{name}", str(target))
-            for name in sorted(missing, key=_vouches):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(draft / name, folder / name)
+            yield draft
+
+    def _move(self, draft: Path, names: Iterable[str], folder: Path) -> None:
+        """Move those of the downloaded files that a folder lacks to it."""
+        missing = [name for name in names if not (folder / name).exists()]
+        for name in sorted(missing, key=file_order):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(draft / name, path)
+            _copied[str(self._url), path] = file_state(path)
         log.info("%s: %d files fetched from the mirror", _name(folder), len(missing))
 
 
 def _name(folder: Path) -> str:
-    """Return a folder's path from the working directory; elsewhere its last name."""
-    path = folder.absolute()
+    """Return a folder's path from the working directory; elsewhere from the root."""
+    # Without `..`, which would lead out of the mirror.
+    path = Path(os.path.abspath(folder))
     with contextlib.suppress(ValueError):
         return path.relative_to(Path.cwd()).as_posix()
-    return path.name
-
-
-def _vouches(name: str) -> bool:
-    """Return whether a file says that others are there; as a sorting key, such files come last."""
-    return name.endswith(LAST_FILES)
-
-
-def _finished_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder, without locks, drafts and incomplete checkpoints."""
-    for root, names, files in os.walk(folder):
-        path = Path(root)
-        if path.name.startswith("checkpoint-") and PROGRESS not in files:
-            names.clear()
-            continue
-        names[:] = [name for name in names if name == ".hydra" or name[0] != "."]
-        for file in files:
-            is_link = (path / file).is_symlink()
-            if file[0] != "." and not file.endswith(".lock") and not is_link:
-                yield path / file
-
-
-def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _put_file(system: Any, path: Path, target: str) -> None:
-    """Copy a file; of a journal, which is being written, the complete lines."""
-    system.makedirs(target.rpartition("/")[0], exist_ok=True)
-    if path.suffix == ".journal":
-        content = path.read_bytes()
-        system.pipe_file(target, content[: content.rfind(b"\n") + 1])
-    else:
-        system.put_file(str(path), target)
-
-
-def _relative_names(system: Any, root: str) -> list[str]:
-    """Return the names of all files below a folder of the mirror; none if it does not exist."""
-    # Another process may have changed them.
-    system.invalidate_cache()
-    try:
-        paths: Iterable[str] = system.find(root)
-    except FileNotFoundError:
-        return []
-    prefix = f"{root.rstrip('/')}/"
-    return [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
-
-
-def _remove_old_checkpoints(system: Any, root: str, folder: Path) -> None:
-    """Remove the copies of checkpoints that the run has removed."""
-    checkpoints = f"{root}/checkpoints"
-    for name in _relative_names(system, checkpoints):
-        checkpoint = name.partition("/")[0]
-        if not (folder / "checkpoints" / checkpoint).exists():
-            system.rm_file(f"{checkpoints}/{name}")
+    return path.relative_to(path.anchor).as_posix()
 
 
 def _reason(error: Exception) -> str:
     """Return an error's first line."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+NO_MIRROR = Mirror(None)
+"""Nothing is copied."""

@@ -116,9 +116,18 @@ class RunFolder:
         """Remove everything that an earlier run left in the folder, except its log."""
         for path in (self.adapter, self.checkpoints):
             shutil.rmtree(path, ignore_errors=True)
-        reports = (self.result, self.samples, self.test_rows, self._metrics)
-        for path in (self.identity, *reports):
+        for path in self._files:
             path.unlink(missing_ok=True)
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all that a run writes to its folder, except its log."""
+        return {path.name for path in (self.adapter, self.checkpoints, *self._files)}
+
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        reports = (self.result, self.samples, self.test_rows, self._metrics)
+        return (self.identity, *reports)
 
     def best(self, step: int) -> Path:
         """Return the folder of the best adapter so far, evaluated at an optimizer step."""

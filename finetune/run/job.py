@@ -23,7 +23,7 @@ from finetune.files.run_folder import (
 )
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
-from finetune.run.run import run_steps
+from finetune.run.run import fetched_run_steps
 from finetune.tracking.tracker import Label
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def job(
     run_context = RunContext(
         resources=shared_resources, label=label, notifies=True, **context
     )
-    steps = run_steps(config, folder, run_context)
+    steps = fetched_run_steps(config, folder, run_context)
     if hydra.mode == RunMode.RUN and is_new(folder):
         return _in_new_folder(steps, folder)
     return steps

@@ -5,6 +5,7 @@ Each stage has a file of its own beside this one. Whatever happens on the way, t
 """
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 from pathlib import Path
@@ -59,18 +60,30 @@ def run(
         ConfigError: The user can mend it.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is written.
     """
-    steps = run_steps(config, RunFolder(path), context or RunContext())
-    return drive(steps)
+    return drive(fetched_run_steps(config, RunFolder(path), context or RunContext()))
+
+
+def fetched_run_steps(
+    config: RunConfig, folder: RunFolder, context: RunContext
+) -> RunSteps[Objective]:
+    """Do what `run_steps` does, with the copy in the mirror of a run that is not here."""
+    mirror = Mirror(config.mirror)
+    mirror.check()
+    with folder.locked():
+        if not folder.identity.exists():
+            mirror.fetch_run(folder)
+        return (yield from run_steps(config, folder, context))
 
 
 def run_steps(
     config: RunConfig, folder: RunFolder, context: RunContext
 ) -> RunSteps[Objective]:
-    """Do what `run` does, as a generator, so that many runs can train together in one process."""
+    """Do what `run` does, as a generator, so that many runs can train together in one process.
+
+    Nothing is fetched from a mirror: that would bring back what was removed for another attempt.
+    """
     mirror = Mirror(config.mirror)
-    mirror.check()
     with folder.locked():
-        mirror.fetch(folder.path)
         # Compare the config before rows and base are read. The recorded one has its rate resolved.
         if folder.identity.exists():
             config = resolve_learning_rate(config, context.resources)
@@ -79,7 +92,7 @@ def run_steps(
         metrics = _completed_metrics(folder)
         if metrics is not None:
             log.info("%s: this run is completed already", folder.path)
-            mirror.copy(folder.path)
+            mirror.copy_run(folder.path)
             Mirror.finish()
             return objective_of(config, metrics)
         result = Result(config, context)
@@ -87,7 +100,7 @@ def run_steps(
             yield from _run_and_record(result, folder)
         finally:
             _notify(result, folder)
-            mirror.copy(folder.path)
+            mirror.copy_run(folder.path)
             if context.interactive:
                 Mirror.finish()
         return objective_of(config, result.metrics)
@@ -168,14 +181,20 @@ def _remove_checkpoints(config: RunConfig, folder: RunFolder) -> None:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
-def resume(path: str | Path) -> Objective:
+def resume(path: str | Path, mirror: str | None = None) -> Objective:
     """Resume the run in a folder from its last checkpoint, with its own config.
+
+    Args:
+        path: The run folder.
+        mirror: Takes the run's copies from now on; None: the config's does.
 
     Raises:
         ConfigError: No run began in the folder, or the user can mend what ended it.
         Interrupted: Ctrl-C or SIGTERM.
     """
     config = read_run_config(path)
+    if mirror is not None:
+        config = dataclasses.replace(config, mirror=mirror)
     # Hydra, which sets up the logging of a new run, is not started here.
     terminal = logging.StreamHandler()
     terminal.setFormatter(logging.Formatter("%(message)s"))

@@ -183,7 +183,7 @@ def _create_reporter(
         observer=context.observer,
         interrupt=context.interrupt,
         constants=constant_metrics(training),
-        on_checkpoint=lambda: Mirror(config.mirror).copy(folder.path),
+        on_checkpoint=lambda: Mirror(config.mirror).copy_run(folder.path),
     )
 
 

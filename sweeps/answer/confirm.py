@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial
 from finetune.errors import ConfigError, Interrupted, NoAnswer
 from finetune.files.atomic import write_json
 from finetune.files.lock import file_lock
+from finetune.files.mirror import Mirror
 from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from sweeps.answer.candidates import evaluate_candidates, repeats_of
@@ -89,6 +90,8 @@ def _remove_unneeded_files(
         shutil.rmtree(repeat.folder.checkpoints, ignore_errors=True)
         if repeat not in with_adapter:
             shutil.rmtree(repeat.folder.adapter, ignore_errors=True)
+        Mirror(repeat.config.mirror).copy_run(repeat.folder.path)
+    Mirror.finish()
 
 
 def _select_candidates(study: Study, top: int) -> list[FrozenTrial]:

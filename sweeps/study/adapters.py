@@ -4,11 +4,12 @@ import itertools
 import shutil
 
 from finetune.files.atomic import read_json
+from finetune.files.mirror import Mirror
 from sweeps.study.inside import is_inside
 from sweeps.study.study import CONFIRMATION, Study
 
 
-def remove_adapters(study: Study, keep: int) -> None:
+def remove_adapters(study: Study, keep: int, mirror: Mirror) -> None:
     """Remove adapters and checkpoints of finished trials that nobody needs any more.
 
     Those of the baseline and of the winner that a confirmation has chosen stay.
@@ -16,6 +17,7 @@ def remove_adapters(study: Study, keep: int) -> None:
     Args:
         study: the study.
         keep: number of the best trials whose adapters and checkpoints stay.
+        mirror: has copies of them, which are removed too.
     """
     # Read before the ranking: a trial that finishes in between may be one of the best.
     finished = study.finished()
@@ -44,6 +46,9 @@ def remove_adapters(study: Study, keep: int) -> None:
         if result.get("status") in ("completed", "failed"):
             unneeded.append(seed_folder)
     for folder in unneeded:
+        if not (folder.adapter.exists() or folder.checkpoints.exists()):
+            continue
         # Errors are ignored: the folders may be gone, or another worker removes them now.
         shutil.rmtree(folder.adapter, ignore_errors=True)
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        mirror.copy_run(folder.path)

@@ -96,10 +96,10 @@ def _claim_existing(
 
 def _claimable_trials(study: Study) -> list[FrozenTrial]:
     """Return the running trials that this machine may adopt, then those that wait."""
-    return [*_adoptable_trials(study), *claimable_waiting_trials(study)]
+    return [*adoptable_trials(study), *claimable_waiting_trials(study)]
 
 
-def _adoptable_trials(study: Study) -> list[FrozenTrial]:
+def adoptable_trials(study: Study) -> list[FrozenTrial]:
     """Return the running trials that a worker of this machine may adopt if their folders are free.
 
     Without leases, a running trial of a database whose folder is not here belongs to another
@@ -163,7 +163,7 @@ def orphaned_trials(study: Study) -> list[FrozenTrial]:
     """Return the running trials that have lost their workers, and that this machine may adopt."""
     orphaned = []
     with file_lock(study.lock_path):
-        for trial in _adoptable_trials(study):
+        for trial in adoptable_trials(study):
             folder = study.folder_of(trial.number)
             # Another machine's, which this one would begin anew.
             if not folder.path.exists():

@@ -13,14 +13,17 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from finetune.errors import refusal
-from finetune.files.atomic import read_json, write_json
+from finetune.files.atomic import write_json
 from finetune.files.lock import file_lock
+from finetune.files.mirror import NO_MIRROR, Mirror
 from finetune.files.run_folder import FolderHeld, RunFolder
 from sweeps.compat import enqueue_point
 from sweeps.space.settings import StudySettings
+from sweeps.study.claims import adoptable_trials
+from sweeps.study.mirrored import fetch_trial, has_ended
 from sweeps.study.roles import role
 from sweeps.study.storage import hold_database_file, open_storage
-from sweeps.study.study import Study
+from sweeps.study.study import TRIALS, Study
 from sweeps.study.terms import (
     has_new_config,
     require_changeable,
@@ -38,6 +41,7 @@ def create_or_resume(
     terms: Mapping[str, Any],
     distributions: Mapping[str, BaseDistribution],
     automatic_keys: Sequence[str] = (),
+    mirror: Mirror = NO_MIRROR,
 ) -> Study:
     """Begin a study, or resume it.
 
@@ -48,6 +52,7 @@ def create_or_resume(
         terms: what makes trials comparable, see `sweeps.study.terms`.
         distributions: the searched parameters.
         automatic_keys: terms that the config leaves to the study, which keeps those it began with.
+        mirror: may have trials that are not here.
 
     Returns:
         The study.
@@ -76,7 +81,7 @@ def create_or_resume(
         stored = study.optuna.user_attrs.get("terms", {})
         initial = {key: stored[key] for key in automatic_keys if key in stored}
         terms = {**terms, **initial}
-        _update_terms(study, terms, distributions, settings.allow_change)
+        _update_terms(study, terms, distributions, settings.allow_change, mirror)
         _name_metrics(study)
         study.optuna.set_user_attr("sampler", settings.sampler)
         if settings.stop_when is None:
@@ -92,7 +97,7 @@ def _ensure_uid(study: Study) -> None:
     """Give a new study its uid; refuse the folder of another study."""
     if "uid" in study.optuna.user_attrs:
         return
-    if (study.folder / "trials").exists():
+    if (study.folder / TRIALS).exists():
         reason = (
             f"another study's trials are in {study.folder}, and this storage has no such study; "
             "give another name"
@@ -106,6 +111,7 @@ def _update_terms(
     terms: Mapping[str, Any],
     distributions: Mapping[str, BaseDistribution],
     allow_change: bool,
+    mirror: Mirror,
 ) -> None:
     """Compare the terms with those the study began with, and store those that hold now."""
     stored = study.optuna.user_attrs.get("terms")
@@ -123,7 +129,7 @@ def _update_terms(
         )
         _drop_unsearched_points(study, stored, terms)
         if has_new_config(stored, terms):
-            _clear_unfinished_runs(study)
+            _clear_unfinished_runs(study, mirror)
         if stored != json.loads(json.dumps(terms)):
             # The study ended itself for what it searched before the change.
             _resume_ended(study)
@@ -172,21 +178,25 @@ def _name_metrics(study: Study) -> None:
         study.optuna.set_metric_names(study.objectives)
 
 
-def _clear_unfinished_runs(study: Study) -> None:
+def _clear_unfinished_runs(study: Study, mirror: Mirror) -> None:
     """Empty the folders of running trials without a worker: their config is another now."""
+    adoptable = {trial.number for trial in adoptable_trials(study)}
     for trial in study.trials(TrialState.RUNNING):
         folder = study.folder_of(trial.number)
-        if folder.path.exists():
-            _clear_unfinished_run(folder)
+        # One that another machine trains has a copy too.
+        is_adoptable = trial.number in adoptable
+        if folder.path.exists() or (is_adoptable and mirror.newest_run(folder.path)):
+            _clear_unfinished_run(folder, mirror)
 
 
-def _clear_unfinished_run(folder: RunFolder) -> None:
-    """Empty a run's folder, unless a worker trains the run or it has ended."""
+def _clear_unfinished_run(folder: RunFolder, mirror: Mirror) -> None:
+    """Empty a run's folder and its copy, unless a worker trains the run or it has ended."""
     try:
         with folder.locked():
-            result = read_json(folder.result) or {}
+            fetch_trial(mirror, folder)
             # A run that has ended counts, though its worker was lost before the study stored it.
-            if result.get("status") not in ("completed", "pruned", "failed"):
+            if not has_ended(folder):
                 folder.clear()
+                mirror.copy_run(folder.path)
     except FolderHeld:
         return

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 from finetune.console import error_line
 from finetune.errors import Interrupted
 from finetune.files.atomic import read_json
+from finetune.files.mirror import Mirror
 from finetune.model.memory import free_memory
 from finetune.run.resources import shared_resources
 from sweeps.study.adapters import remove_adapters
@@ -89,4 +90,5 @@ def _fail_without_progress(study: Study, session: Session, number: int) -> None:
         write_failed(claim.folder, LOST_WORKERS)
         outcome = Outcome.failed(LOST_WORKERS)
         record_outcome(session, study, trial, claim.folder, outcome)
-    remove_adapters(study, session.settings.keep_adapters)
+    mirror = Mirror(session.common.mirror)
+    remove_adapters(study, session.settings.keep_adapters, mirror)

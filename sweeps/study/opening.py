@@ -21,6 +21,7 @@ from sweeps.study.base_choice import by_base, require_comparable_bases
 from sweeps.study.creation import create_or_resume
 from sweeps.study.engine_choice import EngineChoice, decide_engine
 from sweeps.study.launching import worker_count
+from sweeps.study.mirrored import fetch_finished_trials, fetch_study
 from sweeps.study.rungs import EVAL_STEPS, with_rungs_of
 from sweeps.study.session import Session
 from sweeps.study.slot_count import choose_slots, memory_rank
@@ -72,7 +73,8 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     choice = _choose_engine(settings, [config, *extremes])
     distributions = draft.space.distributions
     automatic_keys = [EVAL_STEPS] if draft.has_automatic_rungs else []
-    Mirror(config.mirror).fetch(draft.folder)
+    mirror = Mirror(config.mirror)
+    fetch_study(mirror, draft.folder)
     study = create_or_resume(
         draft.folder,
         settings,
@@ -80,7 +82,9 @@ def open_study(draft: Session) -> tuple[Study, Session]:
         terms,
         distributions,
         automatic_keys,
+        mirror,
     )
+    fetch_finished_trials(mirror, study)
     draft = with_rungs_of(study, draft)
     engine = decide_engine(study, choice)
     if settings.slots not in ("auto", engine.slots):

@@ -14,7 +14,7 @@ from sweeps.space.feasibility import store_violations
 from sweeps.study.budget import TRAIN_TOKENS
 from sweeps.study.outcome import Outcome
 from sweeps.study.session import Session
-from sweeps.study.study import Study
+from sweeps.study.study import TRIALS, Study
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def record_outcome(
     )
     log.info("trial %d: %s", trial.number, outcome.describe(study.objectives))
     # Its run has copied its folder before.
-    Mirror(session.common.mirror).copy(study.folder, without="trials")
+    Mirror(session.common.mirror).copy(study.folder, without=[TRIALS])
     _end_study_by_rule(session, study)
 
 

@@ -42,6 +42,9 @@ ANSWER = "answer.json"
 CONFIRMATION = "confirm.json"
 """The results of training the best trials again with other seeds, in the study's folder."""
 
+TRIALS = "trials"
+"""Folder of the trials' run folders, in the study's folder."""
+
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -251,7 +254,7 @@ class Study:
 
     def folder_of(self, number: int) -> RunFolder:
         """Return a trial's run folder."""
-        return RunFolder(self.folder / "trials" / str(number))
+        return RunFolder(self.folder / TRIALS / str(number))
 
     def baseline_seed_folder(self, seed: int) -> RunFolder:
         """Return the run folder of the baseline with a further seed."""

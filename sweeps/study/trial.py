@@ -18,6 +18,7 @@ from finetune.errors import (
     is_out_of_memory_message,
 )
 from finetune.files.atomic import read_json
+from finetune.files.mirror import Mirror
 from finetune.model.memory import free_memory
 from finetune.run.context import RunContext
 from finetune.run.resources import shared_resources
@@ -31,6 +32,7 @@ from sweeps.study.errors import LeaseLost, StorageLost
 from sweeps.study.formatting import format_value, trial_name
 from sweeps.study.inside import point_of
 from sweeps.study.job import run_as_job
+from sweeps.study.mirrored import fetch_trial
 from sweeps.study.outcome import Outcome
 from sweeps.study.pruning import PruningObserver
 from sweeps.study.recording import record_outcome, write_failed
@@ -38,7 +40,7 @@ from sweeps.study.roles import role
 from sweeps.study.session import Session
 from sweeps.study.smaller_batch import smaller_batch
 from sweeps.study.starts import record_start
-from sweeps.study.study import Study
+from sweeps.study.study import TRIALS, Study
 from sweeps.study.suggestion import open_trial, suggest_point
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class TrialRunner:
         self._folder = claim.folder
         self.packed_with: set[str] = set()
         """Names of the runs that have trained together with this trial."""
+        self._mirror = Mirror(session.common.mirror)
         self.trial = open_trial(session, study, claim.number, claim.trial_id)
 
     def run(self, folder_lock: contextlib.ExitStack) -> RunSteps[None]:
@@ -97,6 +100,9 @@ class TrialRunner:
                 log.warning("trial %d: %s", self._claim.number, error)
 
     def _run_unless_finished(self) -> RunSteps[None]:
+        # A copy of a trial that has not started is of another state of the study.
+        if "starts" in self.trial.user_attrs:
+            fetch_trial(self._mirror, self._folder)
         result = read_json(self._folder.result) or {}
         if self._is_finished(result):
             # Its worker was lost between the run's end and this call: it is not run again.
@@ -105,7 +111,8 @@ class TrialRunner:
             record_start(self.trial, self._folder)
             outcome = yield from self._run_with_memory_retry()
             self._record(outcome)
-        remove_adapters(self._study, self._session.settings.keep_adapters)
+        keep = self._session.settings.keep_adapters
+        remove_adapters(self._study, keep, self._mirror)
 
     def _is_finished(self, result: dict[str, Any]) -> bool:
         """Whether the run had ended before its worker was lost, and is not to be tried again."""
@@ -133,6 +140,10 @@ class TrialRunner:
         try:
             overrides = self.suggest_overrides()
             overrides += self.trial.user_attrs.get("shrunk", [])
+            # Before this attempt's own files: what an earlier one left is removed there, and the
+            # study says that the trial has started, and with which values.
+            self._mirror.copy_run(self._folder.path)
+            self._mirror.copy(self._study.folder, without=[TRIALS])
             yield from self._train(overrides)
         # An exception like others to Python, but no failure: the trial stays running.
         except Interrupted:

@@ -77,4 +77,22 @@ from finetune.engine.packed.bank import Bank
 Bank.forward_backward = lambda *_: os.kill(os.getpid(), 9)
 """
 """The first batch kills the process."""
+SMALL_MEMORY = """
+import torch
+from finetune.engine.packed.bank import Bank
+from finetune.engine.trl.training import TrlTraining
+learn, train = Bank.forward_backward, TrlTraining.train
+def fits(rows):
+    if rows > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+def small_learn(self, wishes):
+    fits(max(len(wish.rows) for wish in wishes))
+    return learn(self, wishes)
+def small_train(self, *rest):
+    fits(self._config.trainer.per_device_train_batch_size)
+    return train(self, *rest)
+Bank.forward_backward, TrlTraining.train = small_learn, small_train
+"""
+"""Batches of two rows fit into memory, larger ones do not."""
+
 LOST = "lost its worker 3 times without a new checkpoint"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import ConfigError
-from finetune.files.find_run import find_run
+from finetune.files.find_run import fetch_run, find_run
+from finetune.files.mirror import Mirror
 
 BEGUN = ("other/t1", "mine/t1", "mine/t2", "third/t1", "mine/unfinished")
 """Runs in the order in which they began; the last one never did."""
@@ -92,3 +93,33 @@ def test_without_a_run_no_name_is_offered(
     with pytest.raises(ConfigError) as caught:
         find_run("RUN", name)
     assert str(caught.value) == f"RUN={name}: no such run; {ALLOWED}"
+
+
+@pytest.mark.parametrize(
+    ("here", "copied", "taken"),
+    [
+        (["2026-01-02"], ["2026-01-01"], "2026-01-02"),
+        (["2026-01-01"], ["2026-01-02", "2026-01-01"], "2026-01-02"),
+        ([], ["2026-01-01"], "2026-01-01"),
+        (["2026-01-01"], [], "2026-01-01"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a", "outputs/runs/a"])
+def test_the_newest_run_is_taken_here_or_in_a_mirror(
+    name: str,
+    here: list[str],
+    copied: list[str],
+    taken: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, times in ((tmp_path, here), (tmp_path / "copies", copied)):
+        for time in times:
+            run = place / "outputs" / "runs" / "a" / time
+            run.mkdir(parents=True)
+            (run / "run.json").write_text(place.name)
+    run = fetch_run(Mirror("copies"), name)
+    assert run.absolute() == tmp_path / "outputs" / "runs" / "a" / taken
+    is_here = taken in here
+    assert (run / "run.json").read_text() == (tmp_path.name if is_here else "copies")

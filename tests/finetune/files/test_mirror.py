@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from pathlib import Path
 
 import fsspec
@@ -9,6 +10,7 @@ import pytest
 
 from finetune.errors import ConfigError
 from finetune.files.mirror import Mirror
+from finetune.files.run_folder import RunFolder
 
 
 @pytest.fixture(params=["memory://bucket/copies", "folder"])
@@ -38,8 +40,13 @@ def names_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in files}
 
 
-def copy(mirror: Mirror, folder: Path, without: str = "") -> None:
+def copy(mirror: Mirror, folder: Path, *without: str) -> None:
     mirror.copy(folder, without)
+    Mirror.finish()
+
+
+def copy_run(mirror: Mirror, folder: Path) -> None:
+    mirror.copy_run(folder)
     Mirror.finish()
 
 
@@ -76,24 +83,120 @@ def test_a_copy_follows_the_folder(mirror: Mirror) -> None:
     (run / "checkpoints/checkpoint-4").rmdir()
     write(run, "checkpoints/checkpoint-8/progress.json")
     write(run, "result.json", content="second")
-    copy(mirror, run)
+    copy_run(mirror, run)
 
     names = {"run.json", "result.json", "checkpoints/checkpoint-8/progress.json"}
     assert fetched(mirror, run) == names
     assert (run / "result.json").read_text() == "second"
 
 
-def test_what_is_here_stays(mirror: Mirror) -> None:
+def test_what_a_run_has_removed_does_not_come_back(mirror: Mirror) -> None:
+    run = RunFolder("outputs/runs/a/1")
+    write(run.path, "run.json", "result.json", "train.log", "adapter/a.bin")
+    copy(mirror, run.path)
+    run.clear()
+    copy_run(mirror, run.path)
+    assert fetched(mirror, run.path) == {"train.log"}
+
+
+def test_a_folder_with_a_run_and_others_below_removes_its_files_only(
+    mirror: Mirror,
+) -> None:
+    for run in (Path("r"), Path("r/other")):
+        write(run, "run.json", "result.json")
+    copy(mirror, Path("r"))
+    (Path("r") / "result.json").unlink()
+    (Path("r/other") / "run.json").unlink()
+    copy_run(mirror, Path("r"))
+    assert fetched(mirror, Path("r")) == {
+        "run.json",
+        "other/run.json",
+        "other/result.json",
+    }
+
+
+def test_a_disk_that_is_gone_has_removed_nothing(mirror: Mirror) -> None:
     run = Path("outputs/runs/a/1")
-    write(run, "run.json", "metrics.jsonl", content="old")
-    copy(mirror, run)
-    (run / "run.json").unlink()
-    write(run, "metrics.jsonl", content="newer")
-
+    write(run, "run.json")
+    copy_run(mirror, run)
+    os.rename(run, run.with_name("gone"))
+    copy_run(mirror, run)
     mirror.fetch(run)
+    assert names_in(run) == {"run.json"}
 
-    assert (run / "run.json").read_text() == "old"
-    assert (run / "metrics.jsonl").read_text() == "newer"
+
+def test_a_fetched_run_is_not_mixed_with_an_older_state(mirror: Mirror) -> None:
+    run = RunFolder("outputs/runs/a/1")
+    newer = {"run.json", "metrics.jsonl", "checkpoints/checkpoint-8/progress.json"}
+    write(run.path, *newer, content="newer")
+    copy_run(mirror, run.path)
+    os.rename(run.path, run.path.with_name("first machine"))
+    write(run.path, "run.json", "checkpoints/checkpoint-4/progress.json")
+    write(run.path, "metrics.jsonl", "train.log", content="older")
+
+    mirror.fetch(run.path.parent)
+    assert (run.path / "metrics.jsonl").read_text() == "older"
+    assert not (run.checkpoints / "checkpoint-8").exists()
+
+    mirror.fetch_run(run)
+    assert names_in(run.path) == newer | {"train.log", ".lock"}
+    assert (run.path / "metrics.jsonl").read_text() == "newer"
+
+
+def test_folders_outside_the_working_directory_have_copies_of_their_own(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    for study in ("s1", "s2"):
+        write(tmp_path / "scratch" / study / "trials/0", "run.json", content=study)
+        copy_run(mirror, tmp_path / "scratch" / study / "trials/0")
+    trial = tmp_path / "scratch" / "s1" / "trials" / "0"
+    # As a user may write it.
+    written = Path("..") / "scratch" / "s1" / "trials" / "0"
+    for folder in (trial, written):
+        (trial / "run.json").unlink()
+        mirror.fetch(folder)
+        assert (trial / "run.json").read_text() == "s1"
+
+
+def test_no_thread_is_left_behind(mirror: Mirror) -> None:
+    write(Path("run"), "run.json")
+    copy(mirror, Path("run"))
+    assert not [t for t in threading.enumerate() if t.name.startswith("mirror")]
+    # Copies can go on.
+    write(Path("run"), "result.json")
+    copy(mirror, Path("run"))
+    assert fetched(mirror, Path("run")) == {"run.json", "result.json"}
+
+
+def test_a_journal_replaces_none_that_it_does_not_continue(
+    mirror: Mirror, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = Path("outputs/sweeps/s1")
+    journal = study / "study.journal"
+    for content in ("1\n2\n", "1\n2\n3\n", "1\n2\n"):
+        journal.unlink(missing_ok=True)
+        write(study, journal.name, content=content)
+        copy(mirror, study)
+    assert mirror.read(journal) == b"1\n2\n3\n"
+    assert not caplog.messages
+
+    write(study, journal.name, content="1\n2\n4\n")
+    copy(mirror, study)
+    assert mirror.read(journal) == b"1\n2\n3\n"
+    assert "another machine has gone on with the study there" in caplog.messages[0]
+
+
+def test_what_is_here_stays(mirror: Mirror) -> None:
+    study = Path("outputs/sweeps/s1")
+    write(study, "study.json", "answer.json", content="old")
+    copy(mirror, study)
+    (study / "study.json").unlink()
+    write(study, "answer.json", content="newer")
+
+    mirror.fetch(study)
+
+    assert (study / "study.json").read_text() == "old"
+    assert (study / "answer.json").read_text() == "newer"
 
 
 def test_a_journal_ends_with_a_complete_line(mirror: Mirror) -> None:
@@ -101,7 +204,7 @@ def test_a_journal_ends_with_a_complete_line(mirror: Mirror) -> None:
     write(study, "study.journal", content='{"op": 1}\n{"op": 2}\n{"o')
     write(study, "trials/0/result.json")
 
-    copy(mirror, study, without="trials")
+    copy(mirror, study, "trials")
 
     assert fetched(mirror, study) == {"study.journal"}
     assert (study / "study.journal").read_text() == '{"op": 1}\n{"op": 2}\n'

@@ -25,6 +25,7 @@ from finetune.config.schema import RunConfig
 from finetune.errors import ConfigError
 from finetune.exit_codes import INTERRUPTED
 from finetune.files.atomic import write_json
+from finetune.files.mirror import NO_MIRROR
 from finetune.files.run_folder import RunFolder
 from finetune.run.load import read_run_config
 from finetune.run.resources import SharedResources
@@ -335,7 +336,7 @@ def test_the_adapter_of_a_confirmed_winner_stays(written: Study) -> None:
     assert confirm(written, seeds=1)["winner"] == 1
 
     written.optuna.add_trial(create_trial(value=1.5))
-    remove_adapters(written, keep=2)
+    remove_adapters(written, keep=2, mirror=NO_MIRROR)
 
     assert read_confirmation(written) is not None
     assert [

@@ -8,7 +8,7 @@ import yaml
 from optuna.trial import TrialState
 from support.commands import Station
 from support.configs import study_overrides
-from support.study_folder import folder_of, result_of, trials_of
+from support.study_folder import SMALL_MEMORY, folder_of, result_of, trials_of
 
 from finetune.exit_codes import NO_ANSWER
 from finetune.version import SCHEMA_VERSION
@@ -94,25 +94,6 @@ def test_no_failure_allowed_ends_at_the_first(
         TrialState.COMPLETE,
         TrialState.FAIL,
     ]
-
-
-SMALL_MEMORY = """
-import torch
-from finetune.engine.packed.bank import Bank
-from finetune.engine.trl.training import TrlTraining
-learn, train = Bank.forward_backward, TrlTraining.train
-def fits(rows):
-    if rows > 2:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-def small_learn(self, wishes):
-    fits(max(len(wish.rows) for wish in wishes))
-    return learn(self, wishes)
-def small_train(self, *rest):
-    fits(self._config.trainer.per_device_train_batch_size)
-    return train(self, *rest)
-Bank.forward_backward, TrlTraining.train = small_learn, small_train
-"""
-"""Batches of two rows fit into memory, larger ones do not."""
 
 
 @pytest.mark.slow

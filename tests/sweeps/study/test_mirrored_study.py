@@ -1,13 +1,22 @@
 """mirror=URL: runs and studies of a machine that is lost go on elsewhere."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
 from support.commands import SLOW_STEPS, Forked, Station, wait_until
 from support.configs import study_overrides, tiny_overrides
-from support.study_folder import folder_of, read, trials_of
+from support.study_folder import (
+    DIES,
+    SMALL_MEMORY,
+    folder_of,
+    read,
+    result_of,
+    trials_of,
+)
 
 
 def lose(process: Forked, machine: Path) -> None:
@@ -90,9 +99,223 @@ def test_a_study_goes_on_with_the_trials_that_it_had(
     assert (copied / "best" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_a_run_that_began_without_a_mirror_is_copied_to_that_of_resume(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    begun = station.run(
+        *tiny_overrides(tiny_base), "name=a", "trainer.max_steps=1", cwd=tmp_path
+    )
+    assert begun.returncode == 0, begun.stderr
+    copies = tmp_path / "copies"
+    environment = {"MIRROR": str(copies)}
+
+    words = ("resume=a", "mirror=${oc.env:MIRROR}")
+    resumed = station.run(*words, cwd=tmp_path, environment=environment)
+
+    assert resumed.returncode == 0, resumed.stderr
+    (copy,) = copies.glob("outputs/runs/a/*")
+    assert (copy / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_resume_shows_no_secret_of_a_mirror(station: Station, tmp_path: Path) -> None:
+    environment = {"MIRROR": "ftp://me:hunter22@host/x"}
+    words = ("resume=a", "mirror=${oc.env:MIRROR}")
+    refused = station.run(*words, cwd=tmp_path, environment=environment)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: mirror: a password in an address")
+    assert "hunter22" not in refused.stderr
+
+
 def test_resume_names_the_mirror_that_has_no_such_run(
     station: Station, tmp_path: Path
 ) -> None:
     done = station.run("resume=b", f"mirror={tmp_path / 'copies'}", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: resume=b: no such run")
+
+
+def study_words(tiny_base: Path, copies: Path, trials: int) -> list[str]:
+    return [
+        *study_overrides(tiny_base, "s"),
+        f"hydra.sweeper.n_trials={trials}",
+        "hydra.sweeper.baseline_seeds=0",
+        "trainer.save_steps=1",
+        f"mirror={copies}",
+    ]
+
+
+def weights_in(place: Path) -> set[str]:
+    """The trials that have an adapter in a directory or its copy."""
+    trials = folder_of(place) / "trials"
+    return {path.parts[-3] for path in trials.glob("*/adapter/*.safetensors")}
+
+
+def start_trial(
+    station: Station, words: list[str], copies: Path, machine: Path
+) -> Forked:
+    """Start a study, and wait until its first trial has a copied checkpoint."""
+    process = station.start(*words, cwd=machine, before=SLOW_STEPS)
+    trial = folder_of(copies) / "trials" / "0"
+    wait_until(lambda: any(trial.glob("checkpoints/*/progress.json")), process)
+    return process
+
+
+@pytest.mark.slow
+def test_a_trial_that_ran_out_of_memory_trains_again_with_a_mirror(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    words = study_words(tiny_base, copies, trials=1)
+    batch = "trainer.per_device_train_batch_size=4"
+    ended = station.run(*words, batch, cwd=tmp_path, before=SMALL_MEMORY)
+
+    assert ended.returncode == 0, ended.stderr
+    (trial,) = trials_of(tmp_path, TrialState.COMPLETE)
+    assert trial.user_attrs["shrunk"]
+    for place in (tmp_path, copies):
+        run = json.loads(read(folder_of(place) / "trials" / "0" / "run.json"))
+        assert run["config"]["trainer"]["per_device_train_batch_size"] == 2
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("other", ["first", "second"])
+def test_a_lost_trial_begins_anew_where_the_config_may_change(
+    other: str, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    words = study_words(tiny_base, copies, trials=1)
+    start_trial(station, words, copies, tmp_path / "first").kill()
+
+    change = ("optimizer.weight_decay=0.1", "hydra.sweeper.allow_change=true")
+    ended = station.run(*words, *change, cwd=tmp_path / other)
+
+    assert ended.returncode == 0, ended.stderr
+    (trial,) = trials_of(tmp_path / other)
+    assert trial.state == TrialState.COMPLETE, trial.user_attrs
+    for place in (tmp_path / other, copies):
+        run = json.loads(read(folder_of(place) / "trials" / "0" / "run.json"))
+        assert run["config"]["optimizer"]["weight_decay"] == 0.1
+
+
+@pytest.mark.fault
+def test_an_interruption_excuses_no_loss_after_it(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    words = study_words(tiny_base, copies, trials=1)
+    process = start_trial(station, words, copies, tmp_path / "first")
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    assert result_of(copies, 0)["status"] == "interrupted"
+
+    other = tmp_path / "second"
+    for _ in range(2):
+        ended = station.run(*words, cwd=other, before=DIES)
+        assert ended.returncode == -signal.SIGKILL
+    ended = station.run(*words, cwd=other)
+
+    assert "trial 0: alone, as it has lost two workers" in ended.stderr
+    (trial,) = trials_of(other, TrialState.COMPLETE)
+    assert len(trial.user_attrs["starts"]) == 3
+
+
+@pytest.mark.slow
+def test_removed_adapters_stay_removed(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    words = study_words(tiny_base, copies, trials=4)
+    words.append("hydra.sweeper.keep_adapters=1")
+    ended = station.run(*words, cwd=tmp_path / "first")
+    assert ended.returncode == 0, ended.stderr
+    weights = weights_in(tmp_path / "first")
+    assert 1 <= len(weights) < 4
+    assert weights_in(copies) == weights
+
+    again = station.run(*words, cwd=tmp_path / "first")
+    assert again.returncode == 0, again.stderr
+    assert "fetched" not in again.stderr
+    elsewhere = station.run(*words, cwd=tmp_path / "second")
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert weights_in(tmp_path / "second") == weights
+    assert [trial.state for trial in trials_of(tmp_path / "second")] == [
+        TrialState.COMPLETE
+    ] * 4
+
+
+@pytest.mark.fault
+def test_a_machine_that_comes_back_takes_what_another_has_done(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    words = study_words(tiny_base, copies, trials=3)
+    first, second = tmp_path / "first", tmp_path / "second"
+    process = start_trial(station, words, copies, first)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    ended = station.run(*words, cwd=second)
+    assert ended.returncode == 0, ended.stderr
+
+    back = station.run(*words, cwd=first)
+
+    assert back.returncode == 0, back.stderr
+    assert "is full (3 trials)" in back.stderr
+    for place in (first, copies):
+        trials = [
+            (trial.params, trial.values, trial.user_attrs["starts"])
+            for trial in trials_of(place, TrialState.COMPLETE)
+        ]
+        assert trials == [
+            (trial.params, trial.values, trial.user_attrs["starts"])
+            for trial in trials_of(second)
+        ]
+    for number in range(3):
+        assert result_of(first, number) == result_of(second, number)
+    assert not list(folder_of(first).glob("trials/*/checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_two_machines_that_went_on_apart_are_not_mixed(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    words = study_words(tiny_base, copies, trials=1)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert station.run(*words, cwd=first).returncode == 0
+    shutil.copytree(first, second)
+    # Without the mirror, and then with it.
+    more = "hydra.sweeper.n_trials=2"
+    assert station.run(*words[:-1], more, cwd=second).returncode == 0
+    assert station.run(*words, more, cwd=first).returncode == 0
+    journal = Path("outputs/sweeps/s/study.journal")
+    copied = read(copies / journal)
+
+    refused = station.run(*words, more, cwd=second)
+
+    assert refused.returncode == 1
+    (line,) = [
+        line for line in refused.stderr.splitlines() if line.startswith("error:")
+    ]
+    assert line.startswith(
+        f"error: mirror: its copy of {second / journal} and the file"
+    )
+    assert read(copies / journal) == copied
+
+
+@pytest.mark.slow
+def test_studies_outside_the_working_directory_are_not_mixed(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    for rank in (4, 8):
+        ended = station.run(
+            *study_words(tiny_base, copies, trials=1),
+            f"hydra.sweep.dir={tmp_path}/scratch/{rank}",
+            f"lora.r={rank}",
+            "search=[]",
+            "optimizer.learning_rate=choice(1e-3,1e-2)",
+            cwd=tmp_path / "work",
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "fetched" not in ended.stderr

@@ -22,6 +22,7 @@ from support.wandb_log import wandb_files, wandb_history, wandb_items, wandb_sum
 from finetune.engine.schedule import evaluation_rungs
 from finetune.errors import ConfigError
 from finetune.exit_codes import NO_ANSWER
+from finetune.files.mirror import NO_MIRROR
 from sweeps.space.feasibility import is_feasible, violated
 from sweeps.study.adapters import remove_adapters
 from sweeps.study.find_study import find_study
@@ -379,7 +380,7 @@ def test_a_trial_that_ends_while_others_are_tidied_keeps_its_adapter(
         return found
 
     monkeypatch.setattr(study, "ranked", ends_meanwhile)
-    remove_adapters(study, 1)
+    remove_adapters(study, 1, NO_MIRROR)
     assert study.optuna.best_trial.number == last
     assert weights.exists()
 
@@ -392,10 +393,10 @@ def test_adapters_are_removed_once_however_often_others_end(
     monkeypatch.setattr(
         "shutil.rmtree", lambda path, ignore_errors: removed.append(str(path))
     )
-    remove_adapters(study, 1)
+    remove_adapters(study, 1, NO_MIRROR)
     assert removed
     removed.clear()
-    remove_adapters(study, 1)
+    remove_adapters(study, 1, NO_MIRROR)
     assert removed == []
 
 

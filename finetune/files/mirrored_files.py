@@ -1,0 +1,92 @@
+"""Files of a mirror: which ones are copied, in which order, and how one is written and read."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from finetune.files.run_folder import PROGRESS
+
+LAST_FILES = (PROGRESS, "result.json", "run.json", "train.log", ".journal")
+"""Ends of the names of files that say that others are there: they come after those, in this order.
+"""
+
+
+def complete_lines(content: bytes) -> bytes:
+    """Return a journal without the incomplete last line of a writer that was killed, or writes."""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def file_order(name: str) -> int:
+    """Return a sorting key by which files that say that others are there come last."""
+    for position, end in enumerate(LAST_FILES, start=1):
+        if name.endswith(end):
+            return position
+    return 0
+
+
+def is_run(name: str) -> bool:
+    """Return whether a file shows that its folder is a run's."""
+    return PurePosixPath(name).name == "run.json"
+
+
+def finished_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder, without locks, drafts and incomplete checkpoints."""
+    for root, names, files in os.walk(folder):
+        path = Path(root)
+        if path.name.startswith("checkpoint-") and PROGRESS not in files:
+            names.clear()
+            continue
+        names[:] = [name for name in names if name == ".hydra" or name[0] != "."]
+        for file in files:
+            is_link = (path / file).is_symlink()
+            if file[0] != "." and not file.endswith(".lock") and not is_link:
+                yield path / file
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """Return size in bytes and time stamp of a file, which change when it is written."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def put_file(system: Any, path: Path, target: str) -> None:
+    """Copy a file; a journal, which only grows, never replaces one that it does not continue.
+
+    Raises:
+        ValueError: Another machine has gone on with the journal.
+    """
+    system.makedirs(target.rpartition("/")[0], exist_ok=True)
+    if path.suffix != ".journal":
+        system.put_file(str(path), target)
+        return
+    copied = complete_lines(read_file(system, target))
+    content = complete_lines(path.read_bytes())
+    if not content.startswith(copied):
+        # Another process of this machine may have copied more meanwhile.
+        if copied.startswith(content):
+            return
+        raise ValueError("another machine has gone on with the study there")
+    system.pipe_file(target, content)
+
+
+def read_file(system: Any, target: str) -> bytes:
+    """Return a file's content; nothing if it does not exist."""
+    system.invalidate_cache()
+    try:
+        content: bytes = system.cat_file(target)
+    except FileNotFoundError:
+        return b""
+    return content
+
+
+def relative_names(system: Any, root: str) -> list[str]:
+    """Return the names of all files below a folder of the mirror; none if it does not exist."""
+    # Another process may have changed them.
+    system.invalidate_cache()
+    try:
+        paths: Iterable[str] = system.find(root)
+    except FileNotFoundError:
+        return []
+    prefix = f"{root.rstrip('/')}/"
+    return [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
