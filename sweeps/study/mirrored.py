@@ -1,12 +1,14 @@
 """A study that goes on after another machine: what that one left in the mirror.
 
 The study's storage says which trials it has. The copy of a trial is fetched only where the study
-says that the trial has started and nothing of it is here.
+says that the trial has started, and nothing of it is here, or an older state.
 """
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from finetune.errors import ConfigError
 from finetune.files.atomic import read_json, write_text
@@ -15,21 +17,28 @@ from finetune.files.mirror import Mirror
 from finetune.files.mirrored_files import complete_lines
 from finetune.files.run_folder import RunFolder
 from sweeps.study.storage import JOURNAL
-from sweeps.study.study import TRIALS, Study
+from sweeps.study.study import FINISHED, TRIALS, Study
 
 
-def fetch_study(mirror: Mirror, folder: Path) -> None:
+def fetch_study(mirror: Mirror, folder: Path) -> bool:
     """Fetch a study without its trials; its journal too where the mirror has a later state.
+
+    Returns:
+        Whether the mirror has a later state.
 
     Raises:
         ConfigError: The mirror can't be read, or its study and the one here have gone on apart.
     """
-    fetch_journal(mirror, folder / JOURNAL)
+    is_later = fetch_journal(mirror, folder / JOURNAL)
     mirror.fetch(folder, without=[TRIALS, JOURNAL])
+    return is_later
 
 
-def fetch_journal(mirror: Mirror, journal: Path) -> None:
+def fetch_journal(mirror: Mirror, journal: Path) -> bool:
     """Take the mirror's journal if it continues the one here.
+
+    Returns:
+        Whether it does.
 
     Raises:
         ConfigError: Neither continues the other, or the mirror can't be read.
@@ -37,12 +46,12 @@ def fetch_journal(mirror: Mirror, journal: Path) -> None:
     # Before the one here is read, which another command may continue and copy.
     copied = complete_lines(mirror.read(journal))
     if not copied:
-        return
+        return False
     journal.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(journal.with_suffix(".lock")):
         content = complete_lines(journal.read_bytes()) if journal.exists() else b""
         if content.startswith(copied):
-            return
+            return False
         if not copied.startswith(content):
             raise ConfigError(
                 f"mirror: its copy of {journal} and the file here have gone on apart, on two "
@@ -50,6 +59,7 @@ def fetch_journal(mirror: Mirror, journal: Path) -> None:
                 "another hydra.sweeper.study_name"
             )
         write_text(journal, copied.decode(), single_writer=True)
+    return True
 
 
 def fetch_trial(mirror: Mirror, folder: RunFolder) -> None:
@@ -64,15 +74,22 @@ def fetch_trial(mirror: Mirror, folder: RunFolder) -> None:
         mirror.fetch_run(folder)
 
 
-def fetch_finished_trials(mirror: Mirror, study: Study) -> None:
-    """Fetch the finished trials that have not ended in this machine's folder.
+def fetch_trials(mirror: Mirror, study: Study, is_later: bool) -> None:
+    """Fetch the trials of which this machine has an older state, or nothing.
+
+    Args:
+        mirror: has copies of them.
+        study: the study.
+        is_later: whether its journal is the mirror's, and running trials have gone on elsewhere.
 
     Raises:
         ConfigError: The mirror can't be read.
     """
-    for trial in study.finished():
+    for trial in study.trials():
         folder = study.folder_of(trial.number)
-        if not has_ended(folder):
+        is_running = trial.state == TrialState.RUNNING and has_started(trial)
+        has_ended_elsewhere = trial.state in FINISHED and not has_ended(folder)
+        if has_ended_elsewhere or (is_running and is_later):
             mirror.fetch_run(folder)
 
 
@@ -87,6 +104,11 @@ def copied_at_end(mirror: Mirror, study: Study) -> Iterator[None]:
     finally:
         mirror.copy(study.folder, without=[TRIALS])
         Mirror.finish()
+
+
+def has_started(trial: FrozenTrial | Trial) -> bool:
+    """Whether a worker has begun to train a trial. Otherwise a copy is of another study's state."""
+    return "starts" in trial.user_attrs
 
 
 def has_ended(folder: RunFolder) -> bool:

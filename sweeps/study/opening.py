@@ -21,7 +21,7 @@ from sweeps.study.base_choice import by_base, require_comparable_bases
 from sweeps.study.creation import create_or_resume
 from sweeps.study.engine_choice import EngineChoice, decide_engine
 from sweeps.study.launching import worker_count
-from sweeps.study.mirrored import fetch_finished_trials, fetch_study
+from sweeps.study.mirrored import fetch_study, fetch_trials
 from sweeps.study.rungs import EVAL_STEPS, with_rungs_of
 from sweeps.study.session import Session
 from sweeps.study.slot_count import choose_slots, memory_rank
@@ -74,7 +74,7 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     distributions = draft.space.distributions
     automatic_keys = [EVAL_STEPS] if draft.has_automatic_rungs else []
     mirror = Mirror(config.mirror)
-    fetch_study(mirror, draft.folder)
+    is_later = fetch_study(mirror, draft.folder)
     study = create_or_resume(
         draft.folder,
         settings,
@@ -84,7 +84,7 @@ def open_study(draft: Session) -> tuple[Study, Session]:
         automatic_keys,
         mirror,
     )
-    fetch_finished_trials(mirror, study)
+    fetch_trials(mirror, study, is_later)
     draft = with_rungs_of(study, draft)
     engine = decide_engine(study, choice)
     if settings.slots not in ("auto", engine.slots):

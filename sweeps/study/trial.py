@@ -32,7 +32,7 @@ from sweeps.study.errors import LeaseLost, StorageLost
 from sweeps.study.formatting import format_value, trial_name
 from sweeps.study.inside import point_of
 from sweeps.study.job import run_as_job
-from sweeps.study.mirrored import fetch_trial
+from sweeps.study.mirrored import fetch_trial, has_started
 from sweeps.study.outcome import Outcome
 from sweeps.study.pruning import PruningObserver
 from sweeps.study.recording import record_outcome, write_failed
@@ -100,8 +100,7 @@ class TrialRunner:
                 log.warning("trial %d: %s", self._claim.number, error)
 
     def _run_unless_finished(self) -> RunSteps[None]:
-        # A copy of a trial that has not started is of another state of the study.
-        if "starts" in self.trial.user_attrs:
+        if has_started(self.trial):
             fetch_trial(self._mirror, self._folder)
         result = read_json(self._folder.result) or {}
         if self._is_finished(result):

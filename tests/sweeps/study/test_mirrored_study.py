@@ -6,9 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from support.commands import SLOW_STEPS, Forked, Station, wait_until
 from support.configs import study_overrides, tiny_overrides
+from support.studies import made_study
 from support.study_folder import (
     DIES,
     SMALL_MEMORY,
@@ -17,6 +18,10 @@ from support.study_folder import (
     result_of,
     trials_of,
 )
+
+from finetune.files.atomic import write_json
+from finetune.files.mirror import Mirror
+from sweeps.study.mirrored import fetch_trials
 
 
 def lose(process: Forked, machine: Path) -> None:
@@ -116,6 +121,38 @@ def test_a_run_that_began_without_a_mirror_is_copied_to_that_of_resume(
     assert resumed.returncode == 0, resumed.stderr
     (copy,) = copies.glob("outputs/runs/a/*")
     assert (copy / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_only_trials_of_a_later_state_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    started = {"starts": [0]}
+    trials = [
+        create_trial(state=TrialState.COMPLETE, value=1.0, user_attrs=started),
+        create_trial(state=TrialState.RUNNING, user_attrs=started),
+        create_trial(state=TrialState.RUNNING),
+    ]
+    study = made_study(tmp_path / "s", trials)
+    mirror = Mirror("copies")
+    for state in ("newer", "older"):
+        for number in range(3):
+            run = study.folder_of(number)
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.identity.write_text(state)
+        if state == "newer":
+            write_json(study.folder_of(0).result, {"status": "completed"})
+            mirror.copy(study.folder)
+            Mirror.finish()
+            study.folder_of(0).result.unlink()
+
+    def states() -> list[str]:
+        return [study.folder_of(number).identity.read_text() for number in range(3)]
+
+    fetch_trials(mirror, study, is_later=False)
+    assert states() == ["newer", "older", "older"]
+    fetch_trials(mirror, study, is_later=True)
+    assert states() == ["newer", "newer", "older"]
 
 
 def test_resume_shows_no_secret_of_a_mirror(station: Station, tmp_path: Path) -> None:
