@@ -79,7 +79,7 @@ def run_command(command: Callable[[], object]) -> None:
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, BrokenPipeError) and _has_lost_reader():
                 return
-            cause = KeyboardInterrupt() if raised.stand_behind(error) else error
+            cause = KeyboardInterrupt() if raised.explain(error) else error
             if shows_traceback:
                 traceback.print_exc()
             else:

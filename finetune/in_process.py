@@ -75,7 +75,7 @@ def in_process() -> Iterator[None]:
             yield
         except BaseException as error:
             _clear_frames(error)
-            if raised.stand_behind(error):
+            if raised.explain(error):
                 raise KeyboardInterrupt from None
             if isinstance(error, HydraException | OmegaConfBaseException):
                 raise ConfigError(error_line(error)) from error

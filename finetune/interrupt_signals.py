@@ -1,4 +1,4 @@
-"""Ctrl-C where libraries would make something else of it.
+"""Ctrl-C in code of libraries that is not made for it.
 
 A module whose import is interrupted stays half initialised, and each later use of it in the process
 fails. A command ends then anyway; a call from a notebook or a script is to leave a process in which
@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -23,6 +24,9 @@ IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
 
 RETRY_SECONDS = 0.05
 """After this time a signal that came during an import is sent again."""
+
+REPLACED_SECONDS = 2.0
+"""For so long after an interrupt an error of a library may be what it has made of the interrupt."""
 
 
 Handler = Callable[[int, FrameType | None], object]
@@ -65,19 +69,23 @@ def send_after_import(number: int, frame: FrameType | None) -> bool:
 
 
 class RaisedInterrupts:
-    """Whether KeyboardInterrupt was raised for a signal."""
+    """When KeyboardInterrupt was last raised for a signal."""
 
     def __init__(self) -> None:
-        self.any = False
+        self.last: float | None = None
+        """Seconds of the monotonic clock; None: never."""
 
-    def stand_behind(self, error: BaseException) -> bool:
-        """Return whether an error is what a library made of the interrupt.
+    def explain(self, error: BaseException) -> bool:
+        """Return whether an error that has just been raised replaces the interrupt.
 
         An error with a message for the user, and one of the machine, as of a full disk, are true
-        also after Ctrl-C.
+        also after Ctrl-C. So is one that comes later, where a command has handled the interrupt and
+        gone on. Errors have no link to the interrupt where libraries remove it.
         """
         is_true = isinstance(error, ConfigError | Interrupted | OSError)
-        return self.any and isinstance(error, Exception) and not is_true
+        if self.last is None or is_true or not isinstance(error, Exception):
+            return False
+        return time.monotonic() - self.last < REPLACED_SECONDS
 
 
 @contextlib.contextmanager
@@ -90,7 +98,7 @@ def raised_interrupts() -> Iterator[RaisedInterrupts]:
             try:
                 previous(number, frame)
             except KeyboardInterrupt:
-                raised.any = True
+                raised.last = time.monotonic()
                 raise
 
         return handle

@@ -62,8 +62,8 @@ class QueuedSession:
             with raised_interrupts() as raised:
                 self._run()
         except (Exception, KeyboardInterrupt) as raised_error:
-            stands_for_interrupt = raised.stand_behind(raised_error)
-            error = KeyboardInterrupt() if stands_for_interrupt else raised_error
+            is_replaced = raised.explain(raised_error)
+            error = KeyboardInterrupt() if is_replaced else raised_error
             is_interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
             if is_interrupted and is_called_back:
                 requeue(signal.SIGUSR2, None)

@@ -20,6 +20,15 @@ NOT_IN_SIGNATURES = {"beta1", "beta2", "beta3"}
 SET_BY_GROUPS = {"lr", "weight_decay"}
 """Arguments that each group of parameters has from the config's keys, so that an entry is lost."""
 
+KEYS = {
+    "lr": "optimizer.learning_rate",
+    "weight_decay": "optimizer.weight_decay",
+    "beta1": "optimizer.adam_beta1",
+    "beta2": "optimizer.adam_beta2",
+    "eps": "optimizer.adam_epsilon",
+}
+"""Keys of the config for some of the names."""
+
 WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")
 """Schedules whose further arguments transformers ignores."""
 
@@ -33,7 +42,7 @@ def check_optimizer(config: RunConfig) -> None:
         ConfigError: The optimizer is missing, refuses its arguments, does not read one of them, or
             can't compute on this machine.
     """
-    _check_arguments(config)
+    check_arguments(config)
     if not is_plain_adamw(config):
         state_bytes([(64, 64)], config)
 
@@ -74,7 +83,7 @@ def check_schedule(config: RunConfig, steps: int) -> None:
         raise refusal(key, arguments, " ".join(str(error).split())) from None
 
 
-def _check_arguments(config: RunConfig) -> None:
+def check_arguments(config: RunConfig) -> None:
     """Refuse `trainer.extra.optim_args` with an entry that changes nothing.
 
     Raises:
@@ -88,11 +97,15 @@ def _check_arguments(config: RunConfig) -> None:
     _, arguments = optimizer_class_of(settings, text)
     entries = [entry.split("=") for entry in text.replace(" ", "").split(",")]
     names = [name for name, _ in entries]
+    if not all(names):
+        raise refusal(key, text, "can't be read; allowed: name=value,name=value")
     allowed = _names_with_effect(settings, names)
     for name, value in entries:
         if name not in allowed:
             listed = ", ".join(allowed) or "no entries"
             reason = f"{name} has no effect on {settings.name}; allowed: {listed}"
+            if name in KEYS:
+                reason += f"; see {KEYS[name]}"
             raise refusal(key, text, reason)
         if names.count(name) > 1:
             raise refusal(key, text, f"{name} is given more than once")
@@ -113,7 +126,7 @@ def _names_with_effect(settings: OptimizerSettings, names: list[str]) -> list[st
     candidates = {*signature, *NOT_IN_SIGNATURES, *names} - SET_BY_GROUPS
     with_effect = []
     for name in sorted(candidates):
-        # A number that transformers reads as each type, and the default of no argument.
+        # 2 can be read as int, float and text, and is no argument's default.
         _, arguments = optimizer_class_of(settings, f"{name}=2")
         # For bitsandbytes' RMSprop it leaves a text, which the class can't read.
         is_text = isinstance(arguments.get(name), str)

@@ -128,9 +128,9 @@ def reason_unsupported(config: RunConfig, base: "PreTrainedConfig") -> str | Non
 
 def _unsupported_base(config: RunConfig, base: "PreTrainedConfig") -> str | None:
     dropouts = active_dropouts(base)
-    without = copy.deepcopy(base)
-    set_dropouts_to_zero(without, dropouts)
-    reason = _unsupported_without_dropout(config, without)
+    base_without_dropout = copy.deepcopy(base)
+    set_dropouts_to_zero(base_without_dropout, dropouts)
+    reason = _unsupported_without_dropout(config, base_without_dropout)
     if reason is None and dropouts:
         # Its values would be drawn for all slots together.
         values = ", ".join(f"{name}={value}" for name, value in dropouts.items())

@@ -217,7 +217,7 @@ def _attached(base: "PreTrainedModel", folder: Path) -> "PeftModel":
     if names is None:
         return PeftModel.from_pretrained(base, folder)
     config = PeftConfig.from_pretrained(folder)
-    rename_for_text_model(config, names)
+    rename_for_text_model(config, names, folder)
     return PeftModel.from_pretrained(
         base,
         folder,

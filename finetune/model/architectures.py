@@ -118,10 +118,9 @@ def logit_transform_of(config: "PreTrainedConfig") -> LogitTransform:
 
 
 def is_dropout(name: str) -> bool:
-    """Whether a key of a base's config is a probability of dropout in training."""
-    return any(part in name for part in DROPOUT_NAMES) and not any(
-        part in name for part in WITHOUT_DROPOUT
-    )
+    """Return whether a key of a base's config is a probability of dropout in training."""
+    is_named = any(word in name for word in DROPOUT_NAMES)
+    return is_named and not any(word in name for word in WITHOUT_DROPOUT)
 
 
 def active_dropouts(config: "PreTrainedConfig") -> dict[str, float]:
@@ -135,7 +134,7 @@ def active_dropouts(config: "PreTrainedConfig") -> dict[str, float]:
 
 
 def set_dropouts_to_zero(config: "PreTrainedConfig", names: Iterable[str]) -> None:
-    """Let a base drop no values in training by these keys of its config."""
+    """Set these dropouts of a base's config to 0."""
     for name in names:
         setattr(text_config_of(config), name, 0.0)
 

@@ -166,7 +166,7 @@ def _require_same_patterns(
     ):
         pattern = saved.get(pattern_name) or {}
         if names is not None:
-            pattern = names.pattern_of_text_model(pattern)
+            pattern = names.pattern_of_text_model(pattern, layers)
         for name, layer in layers.items():
             there = pattern.get(get_pattern_key(pattern, name), saved[default])
             here = getattr(layer, field)

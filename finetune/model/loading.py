@@ -102,10 +102,12 @@ def load_base(source: BaseSource, config: RunConfig) -> "PreTrainedModel":
     requantized = is_quantized_again(present, quantization)
     if base_config is not published:
         arguments |= _text_model_arguments(published, base_config)
-    elif disabled_dropouts(settings):
-        arguments["config"] = base_config
     if requantized:
         arguments["config"] = without_quantization(base_config)
+    if "config" in arguments:
+        # It has these dropouts already, and transformers then takes no changes of it.
+        for name in disabled_dropouts(settings):
+            arguments.pop(name, None)
     if quantization.is_quantized and (present is None or requantized):
         arguments["quantization_config"] = quantization_config(quantization)
     elif present is not None:
@@ -184,11 +186,7 @@ def _copy_mapped_weights(model: "PreTrainedModel") -> None:
 
 def _extra_arguments(settings: ModelSettings) -> dict[str, Any]:
     """Return the further arguments of `from_pretrained`, with the device that holds the base."""
-    # The base's config has these dropouts already.
-    dropouts = disabled_dropouts(settings)
-    arguments = {
-        name: value for name, value in settings.extra.items() if name not in dropouts
-    }
+    arguments = dict(settings.extra)
     # Without a GPU there is only the CPU, whatever the config says. Without a map transformers
     # would load onto the CPU even beside a GPU.
     if not on_gpu():

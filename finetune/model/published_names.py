@@ -5,7 +5,7 @@ names that the layers have in the published model, so that they load there, and 
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -64,12 +64,26 @@ class PublishedNames:
         return renamed
 
     def pattern_of_text_model(
-        self, pattern: Mapping[str, Value] | None
+        self, pattern: Mapping[str, Value] | None, layers: Iterable[str]
     ) -> dict[str, Value]:
-        """Rename the layers of a `rank_pattern` or `alpha_pattern` for the text model."""
-        return {
-            self.from_published(name): value for name, value in (pattern or {}).items()
-        }
+        """Return a `rank_pattern` or `alpha_pattern` by the text model's layers, each in full.
+
+        Args:
+            pattern: By regular expressions that match ends of names of the published model, or of
+                the text model.
+            layers: The names of the adapted layers in the text model.
+        """
+        from peft.utils.other import get_pattern_key
+
+        pattern = pattern or {}
+        resolved = {}
+        for layer in layers:
+            for name in (self.to_published(layer), layer):
+                key = get_pattern_key(pattern.keys(), name)
+                if key in pattern:
+                    resolved[layer] = pattern[key]
+                    break
+        return resolved
 
 
 def _exchange(name: str, prefix: str, replacement: str) -> str:

@@ -194,6 +194,11 @@ def linear_targets(model: "PreTrainedModel", lora: LoraSettings) -> str | list[s
     if targets != "all-linear":
         names = _linear_layers(model)
         return sorted(name for name in names if re.fullmatch(targets, name))
+    return names_of_linear_layers(model, lora)
+
+
+def names_of_linear_layers(model: "PreTrainedModel", lora: LoraSettings) -> list[str]:
+    """Return the last parts of the names of the layers that `all-linear` adapts."""
     head = model.get_output_embeddings()
     layers = [
         name

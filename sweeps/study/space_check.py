@@ -32,8 +32,17 @@ def check_space(session: Session) -> list[RunConfig]:
         # For the interpolations `${hydra:…}` in the config.
         HydraConfig.instance().set_config(composed)
         config = RunConfig.from_hydra(composed)
+        if config.trainer.extra.get("optim_args"):
+            _check_arguments(config)
         configs.append(session.check(config))
     return configs
+
+
+def _check_arguments(config: RunConfig) -> None:
+    # Late: it imports PyTorch.
+    from finetune.engine.optimizer_check import check_arguments
+
+    check_arguments(config)
 
 
 def _require_makes(key: str, make: Callable[[], object]) -> None:

@@ -1,15 +1,18 @@
 """Ctrl-C comes as what it is, and no module stays half imported by it."""
 
+import contextlib
 import importlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
+from finetune import interrupt_signals
 from finetune.console import run_command
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import ConfigError
@@ -135,14 +138,33 @@ def test_a_command_tells_of_ctrl_c_for_the_error_of_a_library(
         assert str(error.args[-1]) in capsys.readouterr().err
 
 
+def test_an_error_long_after_a_handled_ctrl_c_is_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a chat, which goes on after an interrupted answer."""
+
+    def chat() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.02)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(interrupt_signals, "REPLACED_SECONDS", 0.01)
+    with pytest.raises(RuntimeError, match="out of memory"), in_process():
+        chat()
+
+
 def test_without_ctrl_c_an_error_is_itself() -> None:
     with pytest.raises(AttributeError), in_process():
         raise AttributeError("no parent")
 
 
-def test_ctrl_c_as_a_call_begins_leaves_a_process_in_which_the_next_call_works() -> (
-    None
-):
+def test_ctrl_c_as_a_call_begins_leaves_a_process_in_which_the_next_call_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Not of interest here, and slow after many tests.
+    monkeypatch.setattr("finetune.in_process._release_memory", lambda: None)
+    monkeypatch.setattr("finetune.in_process._loggers", list)
     with in_process():
         pass  # Imports, during which Ctrl-C would wait.
     place = 1

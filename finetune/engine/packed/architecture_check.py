@@ -34,7 +34,7 @@ from finetune.model.experts import expert_modules
 from finetune.model.layer_kinds import config_with_few_layers
 from finetune.model.quantized_layers import expert_weights
 from finetune.model.small_config import VOCABULARY
-from finetune.model.target_modules import linear_targets
+from finetune.model.target_modules import names_of_linear_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -157,7 +157,7 @@ def _compare_training(base: "PreTrainedModel") -> None:
         _Refused: They differ.
     """
     # By name, so that no line says what a run leaves out.
-    lora = replace(ADAPTER, target_modules=linear_targets(base, ADAPTER))
+    lora = replace(ADAPTER, target_modules=names_of_linear_layers(base, ADAPTER))
     slots = []
     for seed in (0, 1):
         model = add_adapter(copy.deepcopy(base), lora, seed)

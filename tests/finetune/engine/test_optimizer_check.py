@@ -60,6 +60,15 @@ REFUSED = {
         ("optimizer.name=sgd", f"{ARGUMENTS}='momentum=0.9,nesterov=ture'"),
         "trainer.extra.optim_args=momentum=0.9,nesterov=ture: nesterov must be true or false",
     ),
+    "a key of the config": (
+        ("optimizer.name=sgd", f"{ARGUMENTS}='weight_decay=0.1'"),
+        "trainer.extra.optim_args=weight_decay=0.1: weight_decay has no effect on sgd; allowed: "
+        "dampening, momentum, nesterov; see optimizer.weight_decay",
+    ),
+    "no name": (
+        ("optimizer.name=sgd", f"{ARGUMENTS}='momentum=0.9,=3'"),
+        "trainer.extra.optim_args=momentum=0.9,=3: can't be read; allowed: name=value",
+    ),
     "arguments of a constant rate": (
         ("optimizer.lr_scheduler_type=constant_with_warmup", f"{SCHEDULE}={{power:2}}"),
         "trainer.extra.lr_scheduler_kwargs={'power': 2}: "

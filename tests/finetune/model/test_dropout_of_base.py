@@ -56,6 +56,17 @@ def test_the_engine_is_trl_and_the_line_says_how_it_becomes_packed(
     assert choose_engine(both, find_base(both.model)) == "packed"
 
 
+def test_it_stands_beside_other_arguments(tiny: Tiny, seed_oss: str) -> None:
+    from finetune.model.loading import load_base
+    from finetune.model.source import find_base
+
+    config = tiny(seed_oss, WITHOUT[0], "+model.extra.use_cache=false")
+    base = load_base(find_base(config.model), config)
+    assert base.config.attention_dropout == 0
+    assert base.config.residual_dropout == 0.1
+    assert base.config.use_cache is False
+
+
 def test_another_reason_is_said_without_the_advice(tiny: Tiny, tmp_path: Path) -> None:
     """GPT-2 has dropouts and layers that the packed engine does not adapt."""
     from transformers import GPT2Config

@@ -545,6 +545,54 @@ def test_training_goes_on_from_ranks_and_alphas_of_single_layers(
     )
 
 
+@pytest.mark.parametrize(
+    "expression",
+    [
+        ".*language_model.*layers.0.*q_proj",
+        "language_model.layers.0.self_attn.q_proj",
+        r"model\.language_model\.layers\.0\.self_attn\.q_proj",
+        "model.layers.0.self_attn.q_proj",
+    ],
+)
+def test_a_pattern_of_the_published_model_is_an_expression(
+    tiny: Tiny, gemma3: Path, tmp_path: Path, expression: str
+) -> None:
+    """As of an adapter that plain PEFT has trained on the whole model, or an earlier version."""
+    from finetune.model.adapted_layers import adapted_layers
+    from finetune.model.adapter import attach_adapter, save_adapter
+    from finetune.model.initial_adapter import check_initial_adapter
+    from finetune.model.loading import load_base
+    from finetune.model.source import find_base
+
+    config = tiny(*DEBUG, f"model.name_or_path={gemma3}", *PATTERNS[:1])
+    model = load(config)
+    save_adapter(model, load_tokenizer(config), tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    saved = json.loads(file.read_text())
+    others = {
+        name: alpha
+        for name, alpha in saved["alpha_pattern"].items()
+        if not name.endswith("layers.0.self_attn.q_proj")
+    }
+    assert len(others) == len(saved["alpha_pattern"]) - 1
+    saved["alpha_pattern"] = {expression: 64, **others}
+    file.write_text(json.dumps(saved))
+
+    source = find_base(config.model)
+    attached = attach_adapter(load_base(source, config), tmp_path / "adapter")
+    assert adapted_layers(attached) == adapted_layers(model)
+    goes_on = (
+        *DEBUG,
+        f"model.name_or_path={gemma3}",
+        f"lora.adapter={tmp_path / 'adapter'}",
+    )
+    same = tiny(*goes_on, *PATTERNS[:1])
+    check_initial_adapter(source, same.model, same.lora)
+    plain = tiny(*goes_on)
+    with pytest.raises(ConfigError, match="has alpha=64 for model"):
+        check_initial_adapter(source, plain.model, plain.lora)
+
+
 def test_it_is_planned(
     station: Station, tiny_base: Path, gemma3: Path, tmp_path: Path
 ) -> None:
