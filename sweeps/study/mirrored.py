@@ -20,20 +20,6 @@ from sweeps.study.storage import JOURNAL
 from sweeps.study.study import FINISHED, TRIALS, Study
 
 
-def fetch_study(mirror: Mirror, folder: Path) -> bool:
-    """Fetch a study without its trials; its journal too where the mirror has a later state.
-
-    Returns:
-        Whether the mirror has a later state.
-
-    Raises:
-        ConfigError: The mirror can't be read, or its study and the one here have gone on apart.
-    """
-    is_later = fetch_journal(mirror, folder / JOURNAL)
-    mirror.fetch(folder, without=[TRIALS, JOURNAL])
-    return is_later
-
-
 def fetch_journal(mirror: Mirror, journal: Path) -> bool:
     """Take the mirror's journal if it continues the one here.
 
@@ -72,6 +58,21 @@ def fetch_trial(mirror: Mirror, folder: RunFolder) -> None:
     is_here = folder.identity.exists() or (folder.path / "train.log").exists()
     if not is_here:
         mirror.fetch_run(folder)
+
+
+def fetch_study(mirror: Mirror, study: Study, is_later: bool) -> None:
+    """Fetch what this machine lacks of a study that has begun.
+
+    Args:
+        mirror: has copies of its files.
+        study: the study.
+        is_later: whether its journal is the mirror's.
+
+    Raises:
+        ConfigError: The mirror can't be read.
+    """
+    mirror.fetch(study.folder, without=[TRIALS, JOURNAL])
+    fetch_trials(mirror, study, is_later)
 
 
 def fetch_trials(mirror: Mirror, study: Study, is_later: bool) -> None:

@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from support.commands import SLOW_STEPS, Forked, Station, wait_until
 from support.configs import study_overrides, tiny_overrides
-from support.studies import made_study
+from support.studies import made_study, settings_of
 from support.study_folder import (
     DIES,
     SMALL_MEMORY,
@@ -19,8 +19,10 @@ from support.study_folder import (
     trials_of,
 )
 
+from finetune.errors import ConfigError
 from finetune.files.atomic import write_json
 from finetune.files.mirror import Mirror
+from sweeps.study.creation import create_or_resume
 from sweeps.study.mirrored import fetch_trials
 
 
@@ -356,3 +358,26 @@ def test_studies_outside_the_working_directory_are_not_mixed(
         )
         assert ended.returncode == 0, ended.stderr
         assert "fetched" not in ended.stderr
+
+
+@pytest.mark.parametrize("begun", [None, "sqlite:///s.db"])
+def test_a_new_study_takes_no_folder_of_another_in_the_mirror(
+    begun: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "copies" / "s" / "trials" / "0"
+    copy.mkdir(parents=True)
+    write_json(copy / "run.json", {})
+    folder, mirror = Path("s"), Mirror("copies")
+
+    def create() -> None:
+        terms = {"objective": "eval/loss"}
+        create_or_resume(folder, settings_of(), begun, terms, {}, mirror=mirror)
+
+    # A new one, and one that has been refused before.
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError, match=r"trials are in the mirror's copy of s, "
+        ):
+            create()
+    assert not (folder / "trials").exists()
