@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -83,7 +83,7 @@ class Mirror:
             without: Names in it that are left out.
         """
         if self._url is not None:
-            self._submit(folder, without, removes=False)
+            self._submit(self._copy, folder, without)
 
     def copy_run(self, folder: Path) -> None:
         """Make the copy of a run's folder equal to the folder, as `copy` does.
@@ -94,12 +94,26 @@ class Mirror:
             folder: The folder of a run that this process holds, or that has ended.
         """
         if self._url is not None:
-            self._submit(folder, without=(), removes=True)
+            self._submit(self._copy_run, folder, ())
 
-    def _submit(self, folder: Path, without: Collection[str], removes: bool) -> None:
+    def remove_copies(self, folder: Path, names: Collection[str]) -> None:
+        """Remove the copies of what has been removed from a run's folder, as `copy` does.
+
+        Args:
+            folder: The run's folder.
+            names: The names in it that are compared; the others' copies stay as they are.
+        """
+        if self._url is not None:
+            self._submit(self._remove_old, folder, names)
+
+    def _submit(
+        self,
+        work: Callable[[Any, str, Path, Collection[str]], None],
+        folder: Path,
+        names: Collection[str],
+    ) -> None:
         self._pending[:] = [future for future in self._pending if not future.done()]
-        copied = _thread().submit(self._copy, folder, without, removes)
-        self._pending.append(copied)
+        self._pending.append(_thread().submit(self._work, work, folder, names))
 
     @classmethod
     def finish(cls) -> None:
@@ -208,14 +222,15 @@ class Mirror:
         system, root = fsspec.core.url_to_fs(f"{self._url}/{_name(folder)}")
         return system, root
 
-    def _copy(self, folder: Path, without: Collection[str], removes: bool) -> None:
+    def _work(
+        self,
+        work: Callable[[Any, str, Path, Collection[str]], None],
+        folder: Path,
+        names: Collection[str],
+    ) -> None:
+        """Do the thread's work on a folder. A failure is one warning."""
         try:
-            system, root = self._open(folder)
-            new = dict(self._new_files(folder, without))
-            for name in sorted(new, key=file_order):
-                self._put(system, f"{root}/{name}", new[name])
-            if removes:
-                self._remove_old(system, root, folder)
+            work(*self._open(folder), folder, names)
         except Exception as error:
             log.warning(
                 "%s=%s: %s was not copied (%s); the next copy takes it along",
@@ -224,6 +239,21 @@ class Mirror:
                 _name(folder),
                 _reason(error),
             )
+
+    def _copy(
+        self, system: Any, root: str, folder: Path, without: Collection[str]
+    ) -> None:
+        """Copy what is new in a folder."""
+        new = dict(self._new_files(folder, without))
+        for name in sorted(new, key=file_order):
+            self._put(system, f"{root}/{name}", new[name])
+
+    def _copy_run(
+        self, system: Any, root: str, folder: Path, without: Collection[str]
+    ) -> None:
+        """Copy what is new, and then remove what a run has removed."""
+        self._copy(system, root, folder, without)
+        self._remove_old(system, root, folder, RunFolder(folder).names)
 
     def _new_files(
         self, folder: Path, without: Collection[str]
@@ -243,16 +273,17 @@ class Mirror:
             put_file(system, path, target)
             _copied[str(self._url), path] = state
 
-    def _remove_old(self, system: Any, root: str, folder: Path) -> None:
-        """Remove the copies of files that the run has removed."""
+    def _remove_old(
+        self, system: Any, root: str, folder: Path, names: Collection[str]
+    ) -> None:
+        """Remove the copies of those names in a run's folder that the run has removed."""
         # A disk that is gone has removed nothing.
         if not folder.is_dir():
             return
         # The folders of other runs may be below this one.
-        names_of_run = RunFolder(folder).names
         for name in relative_names(system, root):
-            is_of_run = name.partition("/")[0] in names_of_run
-            if is_of_run and not (folder / name).exists():
+            is_meant = name.partition("/")[0] in names
+            if is_meant and not (folder / name).exists():
                 system.rm_file(f"{root}/{name}")
                 _copied.pop((str(self._url), folder / name), None)
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -97,6 +98,23 @@ def test_what_a_run_has_removed_does_not_come_back(mirror: Mirror) -> None:
     run.clear()
     copy_run(mirror, run.path)
     assert fetched(mirror, run.path) == {"train.log"}
+
+
+def test_copies_are_removed_without_a_copy_of_other_files(mirror: Mirror) -> None:
+    run = RunFolder("outputs/runs/a/1")
+    write(run.path, "run.json", "adapter/a.bin", "checkpoints/checkpoint-4/a.bin")
+    write(run.path, "result.json", content="newer")
+    write(run.path, "checkpoints/checkpoint-4/progress.json")
+    copy_run(mirror, run.path)
+    write(run.path, "result.json", content="of an older state")
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints)
+
+    mirror.remove_copies(run.path, ["adapter", "checkpoints"])
+    Mirror.finish()
+
+    assert fetched(mirror, run.path) == {"run.json", "result.json"}
+    assert (run.path / "result.json").read_text() == "newer"
 
 
 def test_a_folder_with_a_run_and_others_below_removes_its_files_only(
