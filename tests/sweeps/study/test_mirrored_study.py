@@ -1,5 +1,6 @@
 """mirror=URL: runs and studies of a machine that is lost go on elsewhere."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -9,6 +10,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from support.commands import SLOW_STEPS, Forked, Station, wait_until
 from support.configs import study_overrides, tiny_overrides
+from support.driving import session_of
 from support.studies import made_study, settings_of
 from support.study_folder import (
     DIES,
@@ -22,8 +24,11 @@ from support.study_folder import (
 from finetune.errors import ConfigError
 from finetune.files.atomic import write_json
 from finetune.files.mirror import Mirror
+from sweeps.space.space import Space
+from sweeps.study.claims import orphaned_trials
 from sweeps.study.creation import create_or_resume
-from sweeps.study.mirrored import fetch_trials
+from sweeps.study.mirrored import fetch_trial, fetch_trials
+from sweeps.study.worker import _TrialSource
 
 
 def lose(process: Forked, machine: Path) -> None:
@@ -381,3 +386,36 @@ def test_a_new_study_takes_no_folder_of_another_in_the_mirror(
         ):
             create()
     assert not (folder / "trials").exists()
+
+
+def test_a_trial_whose_copy_cannot_be_read_is_left_to_a_later_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trials = [
+        create_trial(state=TrialState.RUNNING, user_attrs={"starts": [0]}),
+        create_trial(state=TrialState.WAITING),
+    ]
+    study = made_study(tmp_path / "s", trials)
+    study.optuna.set_user_attr("total", 2)
+    copy = tmp_path / "copies" / "s" / "trials" / "0"
+    copy.mkdir(parents=True)
+    write_json(copy / "run.json", {})
+    (copy / "metrics.jsonl").symlink_to("nowhere")
+    session = session_of(space=Space.parse({}, []), seed=0, folder=tmp_path)
+    common = dataclasses.replace(session.common, mirror=str(tmp_path / "copies"))
+    source = _TrialSource(dataclasses.replace(session, common=common), study)
+
+    run = source.next_run(lambda _: True)
+
+    assert run is not None
+    assert run.name == "1"
+    (line,) = caplog.messages
+    assert line.startswith("trial 0: mirror=")
+    assert line.endswith("it stays running, to be adopted later")
+    # Another worker finds it free, and without a log that would count as begun here.
+    (copy / "metrics.jsonl").unlink()
+    assert [trial.number for trial in orphaned_trials(study)] == [0]
+    fetch_trial(Mirror("copies"), study.folder_of(0))
+    assert study.folder_of(0).identity.exists()
+    run.close()
