@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -56,6 +57,11 @@ class Mirror:
                 below the root for folders elsewhere; None: nothing is copied.
         """
         self._url = url.rstrip("/") if url else None
+
+    @property
+    def has_address(self) -> bool:
+        """Whether anything is copied."""
+        return self._url is not None
 
     def check(self) -> None:
         """Raise ConfigError if the file system is unknown, or its package is not installed."""
@@ -124,12 +130,18 @@ class Mirror:
         _thread().shutdown()
         _thread.cache_clear()
 
-    def fetch(self, folder: Path, without: Collection[str] = ()) -> None:
+    def fetch(
+        self,
+        folder: Path,
+        without: Collection[str] = (),
+        replaced: Collection[str] = (),
+    ) -> None:
         """Fetch the files that a folder lacks; runs in it that are here stay as they are.
 
         Args:
             folder: A study's folder.
             without: Names in it that are left out.
+            replaced: Names in it that are removed here first, where the mirror has them.
 
         Raises:
             ConfigError: The mirror can't be read.
@@ -143,17 +155,21 @@ class Mirror:
                 for name in relative_names(system, root)
                 if name.partition("/")[0] not in without
             ]
+            older = {name.partition("/")[0] for name in names} & set(replaced)
             runs = {PurePosixPath(name).parent for name in names if is_run(name)}
             # Files of an older and of a newer state of a run would not fit together.
             here = [f"{run}/" for run in runs if (folder / run / "run.json").exists()]
             missing = [
                 name
                 for name in names
-                if not name.startswith(tuple(here)) and not (folder / name).exists()
+                if name.partition("/")[0] in older
+                or not (name.startswith(tuple(here)) or (folder / name).exists())
             ]
             if not missing:
                 return
             with self._downloaded(system, root, missing, folder) as draft:
+                for name in older:
+                    _remove(folder / name)
                 self._move(draft, missing, folder)
 
     def fetch_run(self, folder: RunFolder) -> None:
@@ -309,6 +325,14 @@ class Mirror:
             os.replace(draft / name, path)
             _copied[str(self._url), path] = file_state(path)
         log.info("%s: %d files fetched from the mirror", _name(folder), len(missing))
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _name(folder: Path) -> str:

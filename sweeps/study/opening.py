@@ -74,7 +74,7 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     distributions = draft.space.distributions
     automatic_keys = [EVAL_STEPS] if draft.has_automatic_rungs else []
     mirror = Mirror(config.mirror)
-    is_later = fetch_journal(mirror, draft.folder / JOURNAL)
+    fetch_journal(mirror, draft.folder / JOURNAL)
     study = create_or_resume(
         draft.folder,
         settings,
@@ -84,7 +84,7 @@ def open_study(draft: Session) -> tuple[Study, Session]:
         automatic_keys,
         mirror,
     )
-    fetch_study(mirror, study, is_later)
+    fetch_study(mirror, study)
     draft = with_rungs_of(study, draft)
     engine = decide_engine(study, choice)
     if settings.slots not in ("auto", engine.slots):

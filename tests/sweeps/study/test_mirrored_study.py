@@ -23,11 +23,18 @@ from support.study_folder import (
 
 from finetune.errors import ConfigError
 from finetune.files.atomic import write_json
-from finetune.files.mirror import Mirror
+from finetune.files.mirror import NO_MIRROR, Mirror
 from sweeps.space.space import Space
 from sweeps.study.claims import orphaned_trials
 from sweeps.study.creation import create_or_resume
-from sweeps.study.mirrored import fetch_trial, fetch_trials
+from sweeps.study.mirrored import (
+    fetch_journal,
+    fetch_study,
+    fetch_trial,
+    fetch_trials,
+)
+from sweeps.study.storage import JOURNAL
+from sweeps.study.study import Study
 from sweeps.study.worker import _TrialSource
 
 
@@ -419,3 +426,57 @@ def test_a_trial_whose_copy_cannot_be_read_is_left_to_a_later_worker(
     fetch_trial(Mirror("copies"), study.folder_of(0))
     assert study.folder_of(0).identity.exists()
     run.close()
+
+
+def test_without_a_mirror_no_trial_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = made_study(tmp_path / "s", [create_trial(value=1.0)])
+    result = study.folder_of(0).result
+    result.parent.mkdir(parents=True)
+    # To read it is an error.
+    result.write_text("no JSON")
+    fetch_study(NO_MIRROR, study)
+
+
+def test_an_interrupted_fetch_of_a_later_state_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mirror = Mirror("copies")
+    trial = create_trial(state=TrialState.RUNNING, user_attrs={"starts": [0]})
+    study = made_study(tmp_path / "s", [trial])
+    journal, run = study.folder / JOURNAL, study.folder_of(0)
+    answer, best = study.folder / "answer.json", study.folder / "best"
+    run.path.mkdir(parents=True)
+    best.mkdir()
+    older = journal.read_bytes()
+    study.optuna.set_user_attr("later", True)
+    for path in (run.identity, answer, best / "run.json"):
+        path.write_text("later")
+    mirror.copy(study.folder)
+    Mirror.finish()
+    # The machine comes back.
+    journal.write_bytes(older)
+    for path in (run.identity, answer, best / "run.json", best / "samples.json"):
+        path.write_text("older")
+    study = Study.load(study.folder)
+
+    broken = tmp_path / "copies" / "s" / "trials" / "0" / "samples.json"
+    broken.symlink_to("nowhere")
+    fetch_journal(mirror, journal)
+    with pytest.raises(ConfigError, match=r"^mirror=copies: can't be read"):
+        fetch_study(mirror, study)
+    broken.unlink()
+    fetch_journal(mirror, journal)
+    fetch_study(mirror, study)
+
+    for path in (run.identity, answer, best / "run.json"):
+        assert path.read_text() == "later"
+    assert not (best / "samples.json").exists()
+    # Once only.
+    for path in (run.identity, answer):
+        path.write_text("goes on here")
+    fetch_journal(mirror, journal)
+    fetch_study(mirror, study)
+    assert run.identity.read_text() == answer.read_text() == "goes on here"
