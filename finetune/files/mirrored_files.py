@@ -1,5 +1,6 @@
 """Files of a mirror: which ones are copied, in which order, and how one is written and read."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -58,7 +59,8 @@ def put_file(system: Any, path: Path, target: str) -> None:
     """
     system.makedirs(target.rpartition("/")[0], exist_ok=True)
     if path.suffix != ".journal":
-        system.put_file(str(path), target)
+        with _complete(system, target) as draft:
+            system.put_file(str(path), draft)
         return
     copied = complete_lines(read_file(system, target))
     content = complete_lines(path.read_bytes())
@@ -67,7 +69,30 @@ def put_file(system: Any, path: Path, target: str) -> None:
         if copied.startswith(content):
             return
         raise ValueError("another machine has gone on with the study there")
-    system.pipe_file(target, content)
+    with _complete(system, target) as draft:
+        system.pipe_file(draft, content)
+
+
+@contextlib.contextmanager
+def _complete(system: Any, target: str) -> Iterator[str]:
+    """Let a file appear at its path only when it is complete. Object stores do so by themselves.
+
+    Yields:
+        Where to write it.
+    """
+    from fsspec.implementations.local import LocalFileSystem
+
+    if not isinstance(system, LocalFileSystem):
+        yield target
+        return
+    path = Path(target)
+    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    try:
+        yield str(draft)
+        os.replace(draft, path)
+    finally:
+        # Left only after an error.
+        draft.unlink(missing_ok=True)
 
 
 def read_file(system: Any, target: str) -> bytes:
@@ -89,4 +114,6 @@ def relative_names(system: Any, root: str) -> list[str]:
     except FileNotFoundError:
         return []
     prefix = f"{root.rstrip('/')}/"
-    return [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+    names = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+    # A kill leaves drafts.
+    return [name for name in names if PurePosixPath(name).name[0] != "."]

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import resource
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -226,6 +228,37 @@ def test_a_journal_ends_with_a_complete_line(mirror: Mirror) -> None:
 
     assert fetched(mirror, study) == {"study.journal"}
     assert (study / "study.journal").read_text() == '{"op": 1}\n{"op": 2}\n'
+
+
+@pytest.mark.parametrize("name", ["study.journal", "result.json"])
+def test_a_copy_that_fails_leaves_the_earlier_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mirror, study = Mirror("copies"), tmp_path / "s"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write(study, name, content="1\n")
+    copy(mirror, study)
+    write(study, name, content="1\n" * 100_000)
+    # As a disk that is full.
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        copy(mirror, study)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert names_in(tmp_path / "copies") == {f"s/{name}"}
+    assert mirror.read(study / name) == b"1\n"
+
+
+def test_a_draft_of_a_killed_copy_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "copies" / "s", "study.json", ".result.json.0a1b2c3d")
+    Mirror("copies").fetch(Path("s"))
+    assert names_in(Path("s")) == {"study.json"}
 
 
 def test_the_newest_run_of_a_name_is_known(mirror: Mirror) -> None:
