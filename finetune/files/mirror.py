@@ -22,6 +22,7 @@ from finetune.files.mirrored_files import (
     file_state,
     finished_files,
     is_run,
+    names_of_run,
     put_file,
     read_file,
     relative_names,
@@ -100,7 +101,7 @@ class Mirror:
             folder: The folder of a run that this process holds, or that has ended.
         """
         if self._url is not None:
-            self._submit(self._copy_run, folder, ())
+            self._submit(self._copy_run, folder, names_of_run(folder))
 
     def remove_copies(self, folder: Path, names: Collection[str]) -> None:
         """Remove the copies of what has been removed from a run's folder, as `copy` does.
@@ -183,8 +184,13 @@ class Mirror:
             return
         with self._reading():
             system, root = self._open(folder.path)
-            names = relative_names(system, root)
-        if not names:
+            of_run = names_of_run(folder.path)
+            names = [
+                name
+                for name in relative_names(system, root)
+                if name.partition("/")[0] in of_run
+            ]
+        if not {folder.identity.name, folder.result.name} & set(names):
             return
         with (
             folder.locked(),
@@ -260,25 +266,28 @@ class Mirror:
         self, system: Any, root: str, folder: Path, without: Collection[str]
     ) -> None:
         """Copy what is new in a folder."""
-        new = dict(self._new_files(folder, without))
+        self._put_new(system, root, folder, lambda name: name not in without)
+
+    def _put_new(
+        self, system: Any, root: str, folder: Path, accepts: Callable[[str], bool]
+    ) -> None:
+        new = dict(self._new_files(folder, accepts))
         for name in sorted(new, key=file_order):
             self._put(system, f"{root}/{name}", new[name])
 
     def _copy_run(
-        self, system: Any, root: str, folder: Path, without: Collection[str]
+        self, system: Any, root: str, folder: Path, names: Collection[str]
     ) -> None:
-        """Copy what is new, and then remove what a run has removed."""
-        self._copy(system, root, folder, without)
+        """Copy what is new of these names, and then remove what a run has removed."""
+        self._put_new(system, root, folder, names.__contains__)
         self._remove_old(system, root, folder, RunFolder(folder).names)
 
     def _new_files(
-        self, folder: Path, without: Collection[str]
+        self, folder: Path, accepts: Callable[[str], bool]
     ) -> Iterator[tuple[str, Path]]:
         """Yield names and paths of finished files that have changed since they were copied."""
-        for path in finished_files(folder):
+        for path in finished_files(folder, accepts):
             name = path.relative_to(folder).as_posix()
-            if name.partition("/")[0] in without:
-                continue
             if _copied.get((str(self._url), path)) != file_state(path):
                 yield name, path
 

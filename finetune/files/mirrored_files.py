@@ -2,11 +2,11 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from finetune.files.run_folder import PROGRESS
+from finetune.files.run_folder import HYDRA_FILES, PROGRESS, TRACKER_FILES, RunFolder
 
 LAST_FILES = (PROGRESS, "result.json", "run.json", "train.log", ".journal")
 """Ends of the names of files that say that others are there: they come after those, in this order.
@@ -31,14 +31,27 @@ def is_run(name: str) -> bool:
     return PurePosixPath(name).name == "run.json"
 
 
-def finished_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder, without locks, drafts and incomplete checkpoints."""
+def names_of_run(folder: Path) -> set[str]:
+    """Return the names in a run's folder that are the run's: others may be below it too."""
+    return RunFolder(folder).names | HYDRA_FILES | TRACKER_FILES
+
+
+def finished_files(folder: Path, accepts: Callable[[str], bool]) -> Iterator[Path]:
+    """Yield the files of a folder, without locks, drafts and incomplete checkpoints.
+
+    Args:
+        folder: The folder.
+        accepts: Whether a name in it counts.
+    """
     for root, names, files in os.walk(folder):
         path = Path(root)
         if path.name.startswith("checkpoint-") and PROGRESS not in files:
             names.clear()
             continue
         names[:] = [name for name in names if name == ".hydra" or name[0] != "."]
+        if path == folder:
+            names[:] = filter(accepts, names)
+            files = list(filter(accepts, files))
         for file in files:
             is_link = (path / file).is_symlink()
             if file[0] != "." and not file.endswith(".lock") and not is_link:

@@ -119,6 +119,31 @@ def test_copies_are_removed_without_a_copy_of_other_files(mirror: Mirror) -> Non
     assert (run.path / "result.json").read_text() == "newer"
 
 
+def test_the_files_of_a_run_are_copied_and_fetched_without_others(
+    mirror: Mirror,
+) -> None:
+    run = RunFolder("r")
+    of_run = {"run.json", "train.log", ".hydra/config.yaml", "tracker.json"}
+    write(run.path, *of_run, "data.jsonl", "a/1/run.json")
+    copy_run(mirror, run.path)
+    copy_run(mirror, run.path / "a/1")
+    shutil.rmtree(run.path)
+    mirror.fetch_run(run)
+    assert names_in(run.path) == of_run | {".lock"}
+    mirror.fetch(run.path)
+    assert names_in(run.path) == of_run | {".lock", "a/1/run.json"}
+
+
+def test_a_folder_of_runs_is_no_run(mirror: Mirror) -> None:
+    write(Path("r/a"), "run.json")
+    copy_run(mirror, Path("r/a"))
+    write(Path("r"), "train.log")
+    copy(mirror, Path("r"))
+    os.rename("r", "first machine")
+    mirror.fetch_run(RunFolder("r"))
+    assert not Path("r").exists()
+
+
 def test_a_folder_with_a_run_and_others_below_removes_its_files_only(
     mirror: Mirror,
 ) -> None:
