@@ -18,9 +18,12 @@ from typing import Any, ClassVar
 from finetune.errors import refusal
 from finetune.files.atomic import draft_folder
 from finetune.files.mirrored_files import (
+    GoneOnElsewhere,
+    continued_content,
     file_order,
     file_state,
     finished_files,
+    is_journal,
     is_run,
     names_of_run,
     put_file,
@@ -36,6 +39,9 @@ KEY = "mirror"
 
 _copied: dict[tuple[str, Path], tuple[int, int]] = {}
 """Size and time stamp of each file when this process copied it."""
+
+_left: set[tuple[str, Path]] = set()
+"""Folders of studies with which another machine has gone on: this process copies none of them."""
 
 
 @functools.cache
@@ -251,8 +257,21 @@ class Mirror:
         names: Collection[str],
     ) -> None:
         """Do the thread's work on a folder. A failure is one warning."""
+        place = Path(os.path.abspath(folder))
+        # A trial's folder is in its study's.
+        if any((str(self._url), path) in _left for path in (place, *place.parents)):
+            return
         try:
             work(*self._open(folder), folder, names)
+        except GoneOnElsewhere as error:
+            _left.add((str(self._url), place))
+            log.warning(
+                "%s=%s: %s was not copied (%s); this command copies nothing more of it",
+                KEY,
+                self._url,
+                _name(folder),
+                error,
+            )
         except Exception as error:
             log.warning(
                 "%s=%s: %s was not copied (%s); the next copy takes it along",
@@ -272,6 +291,9 @@ class Mirror:
         self, system: Any, root: str, folder: Path, accepts: Callable[[str], bool]
     ) -> None:
         new = dict(self._new_files(folder, accepts))
+        # Before any file: those of a study with which another machine has gone on stay.
+        for name in filter(is_journal, new):
+            continued_content(system, new[name], f"{root}/{name}")
         for name in sorted(new, key=file_order):
             self._put(system, f"{root}/{name}", new[name])
 

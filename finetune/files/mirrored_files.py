@@ -64,26 +64,46 @@ def file_state(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+class GoneOnElsewhere(Exception):
+    """Another machine has gone on with the study."""
+
+
+def is_journal(name: str) -> bool:
+    """Return whether a file is a study's journal."""
+    return name.endswith(".journal")
+
+
 def put_file(system: Any, path: Path, target: str) -> None:
     """Copy a file; a journal, which only grows, never replaces one that it does not continue.
 
     Raises:
-        ValueError: Another machine has gone on with the journal.
+        GoneOnElsewhere: Another machine has gone on with the journal.
     """
     system.makedirs(target.rpartition("/")[0], exist_ok=True)
-    if path.suffix != ".journal":
+    if not is_journal(path.name):
         with _complete(system, target) as draft:
             system.put_file(str(path), draft)
         return
+    content = continued_content(system, path, target)
+    if content is not None:
+        with _complete(system, target) as draft:
+            system.pipe_file(draft, content)
+
+
+def continued_content(system: Any, path: Path, target: str) -> bytes | None:
+    """Return a journal's complete lines; None if its copy has them and more.
+
+    Raises:
+        GoneOnElsewhere: The journal does not continue its copy.
+    """
     copied = complete_lines(read_file(system, target))
     content = complete_lines(path.read_bytes())
-    if not content.startswith(copied):
-        # Another process of this machine may have copied more meanwhile.
-        if copied.startswith(content):
-            return
-        raise ValueError("another machine has gone on with the study there")
-    with _complete(system, target) as draft:
-        system.pipe_file(draft, content)
+    if content.startswith(copied):
+        return content
+    # Another process of this machine may have copied more meanwhile.
+    if copied.startswith(content):
+        return None
+    raise GoneOnElsewhere("another machine has gone on with the study there")
 
 
 @contextlib.contextmanager

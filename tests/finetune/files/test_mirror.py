@@ -226,9 +226,16 @@ def test_a_journal_replaces_none_that_it_does_not_continue(
     assert not caplog.messages
 
     write(study, journal.name, content="1\n2\n4\n")
+    write(study, "answer.json", "best/run.json", "trials/0/run.json")
+    copy(mirror, study)
+    copy_run(mirror, study.absolute() / "trials" / "0")
     copy(mirror, study)
     assert mirror.read(journal) == b"1\n2\n3\n"
-    assert "another machine has gone on with the study there" in caplog.messages[0]
+    for name in ("answer.json", "best/run.json", "trials/0/run.json"):
+        assert not mirror.read(study / name)
+    (line,) = caplog.messages
+    assert "another machine has gone on with the study there" in line
+    assert line.endswith("this command copies nothing more of it")
 
 
 def test_what_is_here_stays(mirror: Mirror) -> None:
