@@ -71,14 +71,19 @@ class Mirror:
         return self._url is not None
 
     def check(self) -> None:
-        """Raise ConfigError if the file system is unknown, or its package is not installed."""
+        """Raise ConfigError where nothing can be copied.
+
+        The file system is unknown, its package is not installed, or the working directory is its
+        own mirror.
+        """
         if self._url is None:
             return
         import fsspec
+        from fsspec.implementations.local import LocalFileSystem
         from fsspec.utils import get_protocol
 
         try:
-            fsspec.get_filesystem_class(get_protocol(self._url))
+            system = fsspec.get_filesystem_class(get_protocol(self._url))
         except ImportError as error:
             # "Please install s3fs to access S3"
             raise refusal(KEY, self._url, str(error)) from None
@@ -87,6 +92,12 @@ class Mirror:
                 "must be a folder, or an address of fsspec such as s3://bucket/folder"
             )
             raise refusal(KEY, self._url, allowed) from None
+        if not issubclass(system, LocalFileSystem):
+            return
+        _, folder = fsspec.core.url_to_fs(self._url)
+        if Path(folder).resolve() == Path.cwd():
+            reason = "must not be the working directory itself"
+            raise refusal(KEY, self._url, reason)
 
     def copy(self, folder: Path, without: Collection[str] = ()) -> None:
         """Copy what is new in a folder, in a thread. A failure is one warning.

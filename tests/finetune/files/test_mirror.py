@@ -336,6 +336,18 @@ def test_an_unknown_file_system_is_refused(url: str, says: str) -> None:
         Mirror(url).check()
 
 
+@pytest.mark.parametrize("url", [".", "./", "../work", "file://{work}", "{work}/"])
+def test_the_working_directory_is_not_its_own_mirror(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    with pytest.raises(ConfigError, match="must not be the working directory"):
+        Mirror(url.format(work=work)).check()
+    Mirror("copies").check()
+
+
 def test_a_mirror_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     mirror = Mirror("ftp://127.0.0.1:9/copies")
     with pytest.raises(
