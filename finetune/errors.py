@@ -22,6 +22,9 @@ class Interrupted(Exception):
     by_user = True
     """Whether it was asked to (Ctrl-C, SIGTERM). Calls from Python then raise KeyboardInterrupt."""
 
+    goes_on_elsewhere = False
+    """Whether another machine has the run by now: the copy in a mirror is that machine's."""
+
 
 def refusal(key: str, value: object, allowed: str) -> ConfigError:
     """Return the error for a value that a key does not accept.

@@ -62,9 +62,7 @@ def fetch_run(mirror: "Mirror", name: str) -> Path:
         ConfigError: There is no such run, here or in the mirror.
     """
     mirror.check()
-    folders = (Path(name).expanduser(), RUNS / name)
-    copies = filter(None, map(mirror.newest_run, folders))
-    copied = next(copies, None)
+    copied = _newest_copy(mirror, name)
     try:
         run = find_run("resume", name)
     except ConfigError:
@@ -74,8 +72,22 @@ def fetch_run(mirror: "Mirror", name: str) -> Path:
         # A run's folder is named by the time when it began.
         if copied is None or run.name >= copied.name:
             return run
-    mirror.fetch_run(RunFolder(copied))
+    # What is here stays: it may be newer than its copy.
+    if not RunFolder(copied).identity.exists():
+        mirror.fetch_run(RunFolder(copied))
     return copied
+
+
+def _newest_copy(mirror: "Mirror", name: str) -> Path | None:
+    """Return the newest run in a mirror of those that `find_run` would take here."""
+    for folder in (Path(name).expanduser(), RUNS / name):
+        copied = mirror.newest_run(folder)
+        # Those in the folders of studies have other names.
+        if copied and (
+            copied == folder or copied.parent.parent.absolute() == RUNS.absolute()
+        ):
+            return copied
+    return None
 
 
 def _runs() -> list[Path]:

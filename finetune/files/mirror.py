@@ -9,7 +9,8 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -17,10 +18,14 @@ from typing import Any, ClassVar
 from finetune.errors import refusal
 from finetune.files.atomic import draft_folder
 from finetune.files.mirrored_files import (
+    GoneOnElsewhere,
+    continued_content,
     file_order,
     file_state,
     finished_files,
+    is_journal,
     is_run,
+    names_of_run,
     put_file,
     read_file,
     relative_names,
@@ -34,6 +39,9 @@ KEY = "mirror"
 
 _copied: dict[tuple[str, Path], tuple[int, int]] = {}
 """Size and time stamp of each file when this process copied it."""
+
+_left: set[tuple[str, Path]] = set()
+"""Folders of studies with which another machine has gone on: this process copies none of them."""
 
 
 @functools.cache
@@ -57,15 +65,25 @@ class Mirror:
         """
         self._url = url.rstrip("/") if url else None
 
+    @property
+    def has_address(self) -> bool:
+        """Whether anything is copied."""
+        return self._url is not None
+
     def check(self) -> None:
-        """Raise ConfigError if the file system is unknown, or its package is not installed."""
+        """Raise ConfigError where nothing can be copied.
+
+        The file system is unknown, its package is not installed, or the working directory is its
+        own mirror.
+        """
         if self._url is None:
             return
         import fsspec
+        from fsspec.implementations.local import LocalFileSystem
         from fsspec.utils import get_protocol
 
         try:
-            fsspec.get_filesystem_class(get_protocol(self._url))
+            system = fsspec.get_filesystem_class(get_protocol(self._url))
         except ImportError as error:
             # "Please install s3fs to access S3"
             raise refusal(KEY, self._url, str(error)) from None
@@ -74,6 +92,12 @@ class Mirror:
                 "must be a folder, or an address of fsspec such as s3://bucket/folder"
             )
             raise refusal(KEY, self._url, allowed) from None
+        if not issubclass(system, LocalFileSystem):
+            return
+        _, folder = fsspec.core.url_to_fs(self._url)
+        if Path(folder).resolve() == Path.cwd():
+            reason = "must not be the working directory itself"
+            raise refusal(KEY, self._url, reason)
 
     def copy(self, folder: Path, without: Collection[str] = ()) -> None:
         """Copy what is new in a folder, in a thread. A failure is one warning.
@@ -83,7 +107,7 @@ class Mirror:
             without: Names in it that are left out.
         """
         if self._url is not None:
-            self._submit(folder, without, removes=False)
+            self._submit(self._copy, folder, without)
 
     def copy_run(self, folder: Path) -> None:
         """Make the copy of a run's folder equal to the folder, as `copy` does.
@@ -94,12 +118,26 @@ class Mirror:
             folder: The folder of a run that this process holds, or that has ended.
         """
         if self._url is not None:
-            self._submit(folder, without=(), removes=True)
+            self._submit(self._copy_run, folder, names_of_run(folder))
 
-    def _submit(self, folder: Path, without: Collection[str], removes: bool) -> None:
+    def remove_copies(self, folder: Path, names: Collection[str]) -> None:
+        """Remove the copies of what has been removed from a run's folder, as `copy` does.
+
+        Args:
+            folder: The run's folder.
+            names: The names in it that are compared; the others' copies stay as they are.
+        """
+        if self._url is not None:
+            self._submit(self._remove_old, folder, names)
+
+    def _submit(
+        self,
+        work: Callable[[Any, str, Path, Collection[str]], None],
+        folder: Path,
+        names: Collection[str],
+    ) -> None:
         self._pending[:] = [future for future in self._pending if not future.done()]
-        copied = _thread().submit(self._copy, folder, without, removes)
-        self._pending.append(copied)
+        self._pending.append(_thread().submit(self._work, work, folder, names))
 
     @classmethod
     def finish(cls) -> None:
@@ -110,12 +148,18 @@ class Mirror:
         _thread().shutdown()
         _thread.cache_clear()
 
-    def fetch(self, folder: Path, without: Collection[str] = ()) -> None:
+    def fetch(
+        self,
+        folder: Path,
+        without: Collection[str] = (),
+        replaced: Collection[str] = (),
+    ) -> None:
         """Fetch the files that a folder lacks; runs in it that are here stay as they are.
 
         Args:
             folder: A study's folder.
             without: Names in it that are left out.
+            replaced: Names in it that are removed here first, where the mirror has them.
 
         Raises:
             ConfigError: The mirror can't be read.
@@ -129,17 +173,21 @@ class Mirror:
                 for name in relative_names(system, root)
                 if name.partition("/")[0] not in without
             ]
+            older = {name.partition("/")[0] for name in names} & set(replaced)
             runs = {PurePosixPath(name).parent for name in names if is_run(name)}
             # Files of an older and of a newer state of a run would not fit together.
             here = [f"{run}/" for run in runs if (folder / run / "run.json").exists()]
             missing = [
                 name
                 for name in names
-                if not name.startswith(tuple(here)) and not (folder / name).exists()
+                if name.partition("/")[0] in older
+                or not (name.startswith(tuple(here)) or (folder / name).exists())
             ]
             if not missing:
                 return
             with self._downloaded(system, root, missing, folder) as draft:
+                for name in older:
+                    _remove(folder / name)
                 self._move(draft, missing, folder)
 
     def fetch_run(self, folder: RunFolder) -> None:
@@ -153,8 +201,13 @@ class Mirror:
             return
         with self._reading():
             system, root = self._open(folder.path)
-            names = relative_names(system, root)
-        if not names:
+            of_run = names_of_run(folder.path)
+            names = [
+                name
+                for name in relative_names(system, root)
+                if name.partition("/")[0] in of_run
+            ]
+        if not {folder.identity.name, folder.result.name} & set(names):
             return
         with (
             folder.locked(),
@@ -208,14 +261,28 @@ class Mirror:
         system, root = fsspec.core.url_to_fs(f"{self._url}/{_name(folder)}")
         return system, root
 
-    def _copy(self, folder: Path, without: Collection[str], removes: bool) -> None:
+    def _work(
+        self,
+        work: Callable[[Any, str, Path, Collection[str]], None],
+        folder: Path,
+        names: Collection[str],
+    ) -> None:
+        """Do the thread's work on a folder. A failure is one warning."""
+        place = Path(os.path.abspath(folder))
+        # A trial's folder is in its study's.
+        if any((str(self._url), path) in _left for path in (place, *place.parents)):
+            return
         try:
-            system, root = self._open(folder)
-            new = dict(self._new_files(folder, without))
-            for name in sorted(new, key=file_order):
-                self._put(system, f"{root}/{name}", new[name])
-            if removes:
-                self._remove_old(system, root, folder)
+            work(*self._open(folder), folder, names)
+        except GoneOnElsewhere as error:
+            _left.add((str(self._url), place))
+            log.warning(
+                "%s=%s: %s was not copied (%s); this command copies nothing more of it",
+                KEY,
+                self._url,
+                _name(folder),
+                error,
+            )
         except Exception as error:
             log.warning(
                 "%s=%s: %s was not copied (%s); the next copy takes it along",
@@ -225,14 +292,35 @@ class Mirror:
                 _reason(error),
             )
 
+    def _copy(
+        self, system: Any, root: str, folder: Path, without: Collection[str]
+    ) -> None:
+        """Copy what is new in a folder."""
+        self._put_new(system, root, folder, lambda name: name not in without)
+
+    def _put_new(
+        self, system: Any, root: str, folder: Path, accepts: Callable[[str], bool]
+    ) -> None:
+        new = dict(self._new_files(folder, accepts))
+        # Before any file: those of a study with which another machine has gone on stay.
+        for name in filter(is_journal, new):
+            continued_content(system, new[name], f"{root}/{name}")
+        for name in sorted(new, key=file_order):
+            self._put(system, f"{root}/{name}", new[name])
+
+    def _copy_run(
+        self, system: Any, root: str, folder: Path, names: Collection[str]
+    ) -> None:
+        """Copy what is new of these names, and then remove what a run has removed."""
+        self._put_new(system, root, folder, names.__contains__)
+        self._remove_old(system, root, folder, RunFolder(folder).names)
+
     def _new_files(
-        self, folder: Path, without: Collection[str]
+        self, folder: Path, accepts: Callable[[str], bool]
     ) -> Iterator[tuple[str, Path]]:
         """Yield names and paths of finished files that have changed since they were copied."""
-        for path in finished_files(folder):
+        for path in finished_files(folder, accepts):
             name = path.relative_to(folder).as_posix()
-            if name.partition("/")[0] in without:
-                continue
             if _copied.get((str(self._url), path)) != file_state(path):
                 yield name, path
 
@@ -243,16 +331,17 @@ class Mirror:
             put_file(system, path, target)
             _copied[str(self._url), path] = state
 
-    def _remove_old(self, system: Any, root: str, folder: Path) -> None:
-        """Remove the copies of files that the run has removed."""
+    def _remove_old(
+        self, system: Any, root: str, folder: Path, names: Collection[str]
+    ) -> None:
+        """Remove the copies of those names in a run's folder that the run has removed."""
         # A disk that is gone has removed nothing.
         if not folder.is_dir():
             return
         # The folders of other runs may be below this one.
-        names_of_run = RunFolder(folder).names
         for name in relative_names(system, root):
-            is_of_run = name.partition("/")[0] in names_of_run
-            if is_of_run and not (folder / name).exists():
+            is_meant = name.partition("/")[0] in names
+            if is_meant and not (folder / name).exists():
                 system.rm_file(f"{root}/{name}")
                 _copied.pop((str(self._url), folder / name), None)
 
@@ -278,6 +367,14 @@ class Mirror:
             os.replace(draft / name, path)
             _copied[str(self._url), path] = file_state(path)
         log.info("%s: %d files fetched from the mirror", _name(folder), len(missing))
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _name(folder: Path) -> str:

@@ -1,11 +1,12 @@
 """Files of a mirror: which ones are copied, in which order, and how one is written and read."""
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from finetune.files.run_folder import PROGRESS
+from finetune.files.run_folder import HYDRA_FILES, PROGRESS, TRACKER_FILES, RunFolder
 
 LAST_FILES = (PROGRESS, "result.json", "run.json", "train.log", ".journal")
 """Ends of the names of files that say that others are there: they come after those, in this order.
@@ -30,14 +31,27 @@ def is_run(name: str) -> bool:
     return PurePosixPath(name).name == "run.json"
 
 
-def finished_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder, without locks, drafts and incomplete checkpoints."""
+def names_of_run(folder: Path) -> set[str]:
+    """Return the names in a run's folder that are the run's: others may be below it too."""
+    return RunFolder(folder).names | HYDRA_FILES | TRACKER_FILES
+
+
+def finished_files(folder: Path, accepts: Callable[[str], bool]) -> Iterator[Path]:
+    """Yield the files of a folder, without locks, drafts and incomplete checkpoints.
+
+    Args:
+        folder: The folder.
+        accepts: Whether a name in it counts.
+    """
     for root, names, files in os.walk(folder):
         path = Path(root)
         if path.name.startswith("checkpoint-") and PROGRESS not in files:
             names.clear()
             continue
         names[:] = [name for name in names if name == ".hydra" or name[0] != "."]
+        if path == folder:
+            names[:] = filter(accepts, names)
+            files = list(filter(accepts, files))
         for file in files:
             is_link = (path / file).is_symlink()
             if file[0] != "." and not file.endswith(".lock") and not is_link:
@@ -50,24 +64,68 @@ def file_state(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+class GoneOnElsewhere(Exception):
+    """Another machine has gone on with the study."""
+
+
+def is_journal(name: str) -> bool:
+    """Return whether a file is a study's journal."""
+    return name.endswith(".journal")
+
+
 def put_file(system: Any, path: Path, target: str) -> None:
     """Copy a file; a journal, which only grows, never replaces one that it does not continue.
 
     Raises:
-        ValueError: Another machine has gone on with the journal.
+        GoneOnElsewhere: Another machine has gone on with the journal.
     """
     system.makedirs(target.rpartition("/")[0], exist_ok=True)
-    if path.suffix != ".journal":
-        system.put_file(str(path), target)
+    if not is_journal(path.name):
+        with _complete(system, target) as draft:
+            system.put_file(str(path), draft)
         return
+    content = continued_content(system, path, target)
+    if content is not None:
+        with _complete(system, target) as draft:
+            system.pipe_file(draft, content)
+
+
+def continued_content(system: Any, path: Path, target: str) -> bytes | None:
+    """Return a journal's complete lines; None if its copy has them and more.
+
+    Raises:
+        GoneOnElsewhere: The journal does not continue its copy.
+    """
     copied = complete_lines(read_file(system, target))
     content = complete_lines(path.read_bytes())
-    if not content.startswith(copied):
-        # Another process of this machine may have copied more meanwhile.
-        if copied.startswith(content):
-            return
-        raise ValueError("another machine has gone on with the study there")
-    system.pipe_file(target, content)
+    if content.startswith(copied):
+        return content
+    # Another process of this machine may have copied more meanwhile.
+    if copied.startswith(content):
+        return None
+    raise GoneOnElsewhere("another machine has gone on with the study there")
+
+
+@contextlib.contextmanager
+def _complete(system: Any, target: str) -> Iterator[str]:
+    """Let a file appear at its path only when it is complete. Object stores do so by themselves.
+
+    Yields:
+        Where to write it.
+    """
+    from fsspec.implementations.local import LocalFileSystem
+
+    if not isinstance(system, LocalFileSystem):
+        yield target
+        return
+    path = Path(target)
+    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    try:
+        yield str(draft)
+        os.replace(draft, path)
+    finally:
+        # Left only after an error.
+        draft.unlink(missing_ok=True)
 
 
 def read_file(system: Any, target: str) -> bytes:
@@ -89,4 +147,6 @@ def relative_names(system: Any, root: str) -> list[str]:
     except FileNotFoundError:
         return []
     prefix = f"{root.rstrip('/')}/"
-    return [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+    names = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+    # A kill leaves drafts.
+    return [name for name in names if PurePosixPath(name).name[0] != "."]

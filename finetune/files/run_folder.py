@@ -171,6 +171,10 @@ HYDRA_FILES = {".hydra", "train.log"}
 """What Hydra writes into the folder of a run before the run's own code starts."""
 
 
+TRACKER_FILES = {"tensorboard", "wandb", "tracker.json", "mlflow.json", "trackio.json"}
+"""What trackers write into the folder of a run, from which they go on."""
+
+
 def is_new(folder: RunFolder) -> bool:
     """Return whether Hydra has just made a folder: no file of a user or an earlier start is there.
 

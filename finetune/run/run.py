@@ -96,11 +96,16 @@ def run_steps(
             Mirror.finish()
             return objective_of(config, metrics)
         result = Result(config, context)
+        goes_on_elsewhere = False
         try:
             yield from _run_and_record(result, folder)
+        except Interrupted as error:
+            goes_on_elsewhere = error.goes_on_elsewhere
+            raise
         finally:
             _notify(result, folder)
-            mirror.copy_run(folder.path)
+            if not goes_on_elsewhere:
+                mirror.copy_run(folder.path)
             if context.interactive:
                 Mirror.finish()
         return objective_of(config, result.metrics)

@@ -51,4 +51,7 @@ def remove_adapters(study: Study, keep: int, mirror: Mirror) -> None:
         # Errors are ignored: the folders may be gone, or another worker removes them now.
         shutil.rmtree(folder.adapter, ignore_errors=True)
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        mirror.copy_run(folder.path)
+        # The other files may be those of an older state: another machine may have ended the trial.
+        mirror.remove_copies(
+            folder.path, [folder.adapter.name, folder.checkpoints.name]
+        )

@@ -77,7 +77,7 @@ def create_or_resume(
             lost_after=settings.lost_after,
         )
         study.hold = hold
-        _ensure_uid(study)
+        _ensure_uid(study, mirror)
         stored = study.optuna.user_attrs.get("terms", {})
         initial = {key: stored[key] for key in automatic_keys if key in stored}
         terms = {**terms, **initial}
@@ -93,13 +93,16 @@ def create_or_resume(
     return study
 
 
-def _ensure_uid(study: Study) -> None:
-    """Give a new study its uid; refuse the folder of another study."""
+def _ensure_uid(study: Study, mirror: Mirror) -> None:
+    """Give a new study its uid; refuse the folder of another study, also one in the mirror."""
     if "uid" in study.optuna.user_attrs:
         return
-    if (study.folder / TRIALS).exists():
+    trials = study.folder / TRIALS
+    is_here = trials.exists()
+    if is_here or mirror.newest_run(trials) is not None:
+        place = study.folder if is_here else f"the mirror's copy of {study.folder}"
         reason = (
-            f"another study's trials are in {study.folder}, and this storage has no such study; "
+            f"another study's trials are in {place}, and this storage has no such study; "
             "give another name"
         )
         raise refusal("hydra.sweeper.study_name", study.name, reason)

@@ -22,3 +22,4 @@ class LeaseLost(Interrupted):
     """Another worker has taken a trial, because this one was silent for too long."""
 
     by_user = False
+    goes_on_elsewhere = True

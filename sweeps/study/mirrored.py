@@ -17,28 +17,17 @@ from finetune.files.mirror import Mirror
 from finetune.files.mirrored_files import complete_lines
 from finetune.files.run_folder import RunFolder
 from sweeps.study.storage import JOURNAL
-from sweeps.study.study import FINISHED, TRIALS, Study
+from sweeps.study.study import ANSWER, CONFIRMATION, FINISHED, TRIALS, Study
+
+TAKEN = ".taken"
+"""File in a study's folder from when its journal is replaced until its other files are fetched."""
+
+ANSWERS = (ANSWER, CONFIRMATION, "best", "experiment", "report.html")
+"""Names in a study's folder that follow from its trials."""
 
 
-def fetch_study(mirror: Mirror, folder: Path) -> bool:
-    """Fetch a study without its trials; its journal too where the mirror has a later state.
-
-    Returns:
-        Whether the mirror has a later state.
-
-    Raises:
-        ConfigError: The mirror can't be read, or its study and the one here have gone on apart.
-    """
-    is_later = fetch_journal(mirror, folder / JOURNAL)
-    mirror.fetch(folder, without=[TRIALS, JOURNAL])
-    return is_later
-
-
-def fetch_journal(mirror: Mirror, journal: Path) -> bool:
+def fetch_journal(mirror: Mirror, journal: Path) -> None:
     """Take the mirror's journal if it continues the one here.
-
-    Returns:
-        Whether it does.
 
     Raises:
         ConfigError: Neither continues the other, or the mirror can't be read.
@@ -46,20 +35,21 @@ def fetch_journal(mirror: Mirror, journal: Path) -> bool:
     # Before the one here is read, which another command may continue and copy.
     copied = complete_lines(mirror.read(journal))
     if not copied:
-        return False
+        return
     journal.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(journal.with_suffix(".lock")):
         content = complete_lines(journal.read_bytes()) if journal.exists() else b""
         if content.startswith(copied):
-            return False
+            return
         if not copied.startswith(content):
             raise ConfigError(
                 f"mirror: its copy of {journal} and the file here have gone on apart, on two "
                 f"machines; remove {journal.parent} to go on with the mirror's study, or give "
                 "another hydra.sweeper.study_name"
             )
+        # Before it: a command that is interrupted must leave to the next one what it has to fetch.
+        (journal.parent / TAKEN).touch()
         write_text(journal, copied.decode(), single_writer=True)
-    return True
 
 
 def fetch_trial(mirror: Mirror, folder: RunFolder) -> None:
@@ -72,6 +62,26 @@ def fetch_trial(mirror: Mirror, folder: RunFolder) -> None:
     is_here = folder.identity.exists() or (folder.path / "train.log").exists()
     if not is_here:
         mirror.fetch_run(folder)
+
+
+def fetch_study(mirror: Mirror, study: Study) -> None:
+    """Fetch what this machine lacks of a study, whose journal may have been fetched before.
+
+    Raises:
+        ConfigError: The mirror can't be read.
+    """
+    taken = study.folder / TAKEN
+    if mirror.has_address:
+        # Another command of this machine waits, and then has nothing to fetch.
+        with file_lock(study.folder / ".fetch.lock"):
+            is_later = taken.exists()
+            answers = ANSWERS if is_later else ()
+            mirror.fetch(study.folder, without=[TRIALS, JOURNAL], replaced=answers)
+            fetch_trials(mirror, study, is_later)
+            taken.unlink(missing_ok=True)
+    else:
+        # The study goes on from what is here.
+        taken.unlink(missing_ok=True)
 
 
 def fetch_trials(mirror: Mirror, study: Study, is_later: bool) -> None:

@@ -21,12 +21,12 @@ from sweeps.study.base_choice import by_base, require_comparable_bases
 from sweeps.study.creation import create_or_resume
 from sweeps.study.engine_choice import EngineChoice, decide_engine
 from sweeps.study.launching import worker_count
-from sweeps.study.mirrored import fetch_study, fetch_trials
+from sweeps.study.mirrored import fetch_journal, fetch_study
 from sweeps.study.rungs import EVAL_STEPS, with_rungs_of
 from sweeps.study.session import Session
 from sweeps.study.slot_count import choose_slots, memory_rank
 from sweeps.study.space_check import check_space
-from sweeps.study.storage import check_address
+from sweeps.study.storage import JOURNAL, check_address
 from sweeps.study.study import Study
 from sweeps.study.terms import study_terms
 
@@ -74,7 +74,7 @@ def open_study(draft: Session) -> tuple[Study, Session]:
     distributions = draft.space.distributions
     automatic_keys = [EVAL_STEPS] if draft.has_automatic_rungs else []
     mirror = Mirror(config.mirror)
-    is_later = fetch_study(mirror, draft.folder)
+    fetch_journal(mirror, draft.folder / JOURNAL)
     study = create_or_resume(
         draft.folder,
         settings,
@@ -84,7 +84,7 @@ def open_study(draft: Session) -> tuple[Study, Session]:
         automatic_keys,
         mirror,
     )
-    fetch_trials(mirror, study, is_later)
+    fetch_study(mirror, study)
     draft = with_rungs_of(study, draft)
     engine = decide_engine(study, choice)
     if settings.slots not in ("auto", engine.slots):

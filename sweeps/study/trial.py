@@ -13,6 +13,7 @@ from finetune.console import error_line
 from finetune.engine.interrupt import Interrupt
 from finetune.engine.steps import RunSteps
 from finetune.errors import (
+    ConfigError,
     Interrupted,
     is_out_of_memory_error,
     is_out_of_memory_message,
@@ -81,6 +82,25 @@ class TrialRunner:
         self._mirror = Mirror(session.common.mirror)
         self.trial = open_trial(session, study, claim.number, claim.trial_id)
 
+    def fetch(self) -> bool:
+        """Fetch the trial from the mirror if another machine has begun it.
+
+        Called before the trial's log is open, by which `fetch_trial` sees that a trial is here.
+
+        Returns:
+            Whether it can go on. To begin it anew would replace the copy.
+        """
+        try:
+            if has_started(self.trial):
+                fetch_trial(self._mirror, self._folder)
+        except ConfigError as error:
+            number = self._claim.number
+            log.warning(
+                "trial %d: %s; it stays running, to be adopted later", number, error
+            )
+            return False
+        return True
+
     def run(self, folder_lock: contextlib.ExitStack) -> RunSteps[None]:
         """Run the trial, or store the outcome that its folder has already.
 
@@ -100,8 +120,6 @@ class TrialRunner:
                 log.warning("trial %d: %s", self._claim.number, error)
 
     def _run_unless_finished(self) -> RunSteps[None]:
-        if has_started(self.trial):
-            fetch_trial(self._mirror, self._folder)
         result = read_json(self._folder.result) or {}
         if self._is_finished(result):
             # Its worker was lost between the run's end and this call: it is not run again.

@@ -155,6 +155,8 @@ class _TrialSource:
         self._study = study
         self.interrupt = Interrupt()
         """Shared by all runs of this worker."""
+        self._unfetched: set[int] = set()
+        """Trials whose copies could not be read: they are left to a later worker."""
 
     def next_run(self, accepts: Callable[[FrozenTrial], bool]) -> PackedRun | None:
         """Claim the next acceptable trial; None if there is none, or if none shall begin."""
@@ -178,18 +180,21 @@ class _TrialSource:
         def is_acceptable(trial: FrozenTrial) -> bool:
             # A trial that lost its worker goes on: its tokens would be wasted otherwise.
             may_run = begins_trials or trial.state == TrialState.RUNNING
-            return may_run and accepts(trial)
+            return may_run and trial.number not in self._unfetched and accepts(trial)
 
         with contextlib.ExitStack() as stack:
             claim = stack.enter_context(claim_trial(self._study, is_acceptable))
             if claim is None:
                 return None
             runner = TrialRunner(self._session, self._study, claim, self.interrupt)
-            # From here on the run holds the claim.
-            steps = runner.run(folder_lock=stack.pop_all())
-        return PackedRun(
-            name=str(claim.number),
-            steps=steps,
-            log_file=claim.folder.path / "train.log",
-            packed_with=runner.packed_with,
-        )
+            if runner.fetch():
+                # From here on the run holds the claim.
+                steps = runner.run(folder_lock=stack.pop_all())
+                return PackedRun(
+                    name=str(claim.number),
+                    steps=steps,
+                    log_file=claim.folder.path / "train.log",
+                    packed_with=runner.packed_with,
+                )
+        self._unfetched.add(claim.number)
+        return self._claim_run(accepts)

@@ -123,3 +123,39 @@ def test_the_newest_run_is_taken_here_or_in_a_mirror(
     assert run.absolute() == tmp_path / "outputs" / "runs" / "a" / taken
     is_here = taken in here
     assert (run / "run.json").read_text() == (tmp_path.name if is_here else "copies")
+
+
+def write_run(run: Path, content: str) -> None:
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(content)
+
+
+def test_a_run_that_is_here_is_not_replaced_by_its_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "outputs" / "runs" / "a"
+    for time in ("2026-01-02", "2026-01-01"):
+        write_run(runs / time, "here")
+    # Resumed last.
+    os.utime(runs / "2026-01-02", (0, 0))
+    os.utime(runs / "2026-01-02" / "run.json", (0, 0))
+    write_run(tmp_path / "copies" / "outputs" / "runs" / "a" / "2026-01-02", "older")
+
+    run = fetch_run(Mirror("copies"), "a")
+
+    assert run.name == "2026-01-02"
+    assert (run / "run.json").read_text() == "here"
+
+
+@pytest.mark.parametrize("below", ["trials/0", "best"])
+@pytest.mark.parametrize("name", ["s", "outputs/sweeps/s"])
+def test_a_run_of_a_study_in_a_mirror_has_no_other_name(
+    name: str, below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "copies" / "outputs" / "sweeps" / "s" / below, "{}")
+    with pytest.raises(ConfigError, match=f"^resume={name}: no such run"):
+        fetch_run(Mirror("copies"), name)
+    run = fetch_run(Mirror("copies"), f"outputs/sweeps/s/{below}")
+    assert (run / "run.json").exists()

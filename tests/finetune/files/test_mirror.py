@@ -2,6 +2,9 @@
 
 import logging
 import os
+import resource
+import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -99,6 +102,48 @@ def test_what_a_run_has_removed_does_not_come_back(mirror: Mirror) -> None:
     assert fetched(mirror, run.path) == {"train.log"}
 
 
+def test_copies_are_removed_without_a_copy_of_other_files(mirror: Mirror) -> None:
+    run = RunFolder("outputs/runs/a/1")
+    write(run.path, "run.json", "adapter/a.bin", "checkpoints/checkpoint-4/a.bin")
+    write(run.path, "result.json", content="newer")
+    write(run.path, "checkpoints/checkpoint-4/progress.json")
+    copy_run(mirror, run.path)
+    write(run.path, "result.json", content="of an older state")
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints)
+
+    mirror.remove_copies(run.path, ["adapter", "checkpoints"])
+    Mirror.finish()
+
+    assert fetched(mirror, run.path) == {"run.json", "result.json"}
+    assert (run.path / "result.json").read_text() == "newer"
+
+
+def test_the_files_of_a_run_are_copied_and_fetched_without_others(
+    mirror: Mirror,
+) -> None:
+    run = RunFolder("r")
+    of_run = {"run.json", "train.log", ".hydra/config.yaml", "tracker.json"}
+    write(run.path, *of_run, "data.jsonl", "a/1/run.json")
+    copy_run(mirror, run.path)
+    copy_run(mirror, run.path / "a/1")
+    shutil.rmtree(run.path)
+    mirror.fetch_run(run)
+    assert names_in(run.path) == of_run | {".lock"}
+    mirror.fetch(run.path)
+    assert names_in(run.path) == of_run | {".lock", "a/1/run.json"}
+
+
+def test_a_folder_of_runs_is_no_run(mirror: Mirror) -> None:
+    write(Path("r/a"), "run.json")
+    copy_run(mirror, Path("r/a"))
+    write(Path("r"), "train.log")
+    copy(mirror, Path("r"))
+    os.rename("r", "first machine")
+    mirror.fetch_run(RunFolder("r"))
+    assert not Path("r").exists()
+
+
 def test_a_folder_with_a_run_and_others_below_removes_its_files_only(
     mirror: Mirror,
 ) -> None:
@@ -181,9 +226,16 @@ def test_a_journal_replaces_none_that_it_does_not_continue(
     assert not caplog.messages
 
     write(study, journal.name, content="1\n2\n4\n")
+    write(study, "answer.json", "best/run.json", "trials/0/run.json")
+    copy(mirror, study)
+    copy_run(mirror, study.absolute() / "trials" / "0")
     copy(mirror, study)
     assert mirror.read(journal) == b"1\n2\n3\n"
-    assert "another machine has gone on with the study there" in caplog.messages[0]
+    for name in ("answer.json", "best/run.json", "trials/0/run.json"):
+        assert not mirror.read(study / name)
+    (line,) = caplog.messages
+    assert "another machine has gone on with the study there" in line
+    assert line.endswith("this command copies nothing more of it")
 
 
 def test_what_is_here_stays(mirror: Mirror) -> None:
@@ -208,6 +260,37 @@ def test_a_journal_ends_with_a_complete_line(mirror: Mirror) -> None:
 
     assert fetched(mirror, study) == {"study.journal"}
     assert (study / "study.journal").read_text() == '{"op": 1}\n{"op": 2}\n'
+
+
+@pytest.mark.parametrize("name", ["study.journal", "result.json"])
+def test_a_copy_that_fails_leaves_the_earlier_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mirror, study = Mirror("copies"), tmp_path / "s"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write(study, name, content="1\n")
+    copy(mirror, study)
+    write(study, name, content="1\n" * 100_000)
+    # As a disk that is full.
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        copy(mirror, study)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert names_in(tmp_path / "copies") == {f"s/{name}"}
+    assert mirror.read(study / name) == b"1\n"
+
+
+def test_a_draft_of_a_killed_copy_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "copies" / "s", "study.json", ".result.json.0a1b2c3d")
+    Mirror("copies").fetch(Path("s"))
+    assert names_in(Path("s")) == {"study.json"}
 
 
 def test_the_newest_run_of_a_name_is_known(mirror: Mirror) -> None:
@@ -251,6 +334,18 @@ def test_a_failed_copy_is_a_warning_and_the_next_one_takes_it_along(
 def test_an_unknown_file_system_is_refused(url: str, says: str) -> None:
     with pytest.raises(ConfigError, match=f"^mirror={url}: .*{says}"):
         Mirror(url).check()
+
+
+@pytest.mark.parametrize("url", [".", "./", "../work", "file://{work}", "{work}/"])
+def test_the_working_directory_is_not_its_own_mirror(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    with pytest.raises(ConfigError, match="must not be the working directory"):
+        Mirror(url.format(work=work)).check()
+    Mirror("copies").check()
 
 
 def test_a_mirror_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from support.runs import write_jsonl
 from finetune.config.schema import RunConfig
 from finetune.engine.observer import Observer, Rung
 from finetune.engine.schedule import evaluation_rungs
+from finetune.errors import Interrupted
 from finetune.exit_codes import INTERRUPTED
 from finetune.run.context import RunContext
 from finetune.run.run import run
@@ -621,3 +622,22 @@ def test_an_interrupted_run_says_so_and_goes_on(
     assert resumed.returncode == 0, resumed.stderr
     assert result_of(folder)["status"] == "completed"
     assert adapter_of(folder) == adapter_of(tmp_path / "whole")
+
+
+class Taken(Interrupted):
+    goes_on_elsewhere = True
+
+
+@pytest.mark.parametrize("error", [Interrupted, Taken])
+def test_a_run_that_goes_on_elsewhere_leaves_the_copy_alone(
+    error: type[Interrupted], tiny: Tiny, tmp_path: Path
+) -> None:
+    class Loser(Observer):
+        def on_step(self, step: int) -> bool:
+            raise error("taken")
+
+    config = tiny("trainer.max_steps=2", f"mirror={tmp_path / 'copies'}")
+    with pytest.raises(error):
+        run(config, tmp_path / "run", RunContext(observer=Loser()))
+    is_copied = any((tmp_path / "copies").rglob("result.json"))
+    assert is_copied == (error is Interrupted)

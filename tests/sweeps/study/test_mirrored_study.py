@@ -1,5 +1,6 @@
 """mirror=URL: runs and studies of a machine that is lost go on elsewhere."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -9,7 +10,8 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from support.commands import SLOW_STEPS, Forked, Station, wait_until
 from support.configs import study_overrides, tiny_overrides
-from support.studies import made_study
+from support.driving import session_of
+from support.studies import made_study, settings_of
 from support.study_folder import (
     DIES,
     SMALL_MEMORY,
@@ -19,9 +21,21 @@ from support.study_folder import (
     trials_of,
 )
 
+from finetune.errors import ConfigError
 from finetune.files.atomic import write_json
-from finetune.files.mirror import Mirror
-from sweeps.study.mirrored import fetch_trials
+from finetune.files.mirror import NO_MIRROR, Mirror
+from sweeps.space.space import Space
+from sweeps.study.claims import orphaned_trials
+from sweeps.study.creation import create_or_resume
+from sweeps.study.mirrored import (
+    fetch_journal,
+    fetch_study,
+    fetch_trial,
+    fetch_trials,
+)
+from sweeps.study.storage import JOURNAL
+from sweeps.study.study import Study
+from sweeps.study.worker import _TrialSource
 
 
 def lose(process: Forked, machine: Path) -> None:
@@ -356,3 +370,113 @@ def test_studies_outside_the_working_directory_are_not_mixed(
         )
         assert ended.returncode == 0, ended.stderr
         assert "fetched" not in ended.stderr
+
+
+@pytest.mark.parametrize("begun", [None, "sqlite:///s.db"])
+def test_a_new_study_takes_no_folder_of_another_in_the_mirror(
+    begun: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "copies" / "s" / "trials" / "0"
+    copy.mkdir(parents=True)
+    write_json(copy / "run.json", {})
+    folder, mirror = Path("s"), Mirror("copies")
+
+    def create() -> None:
+        terms = {"objective": "eval/loss"}
+        create_or_resume(folder, settings_of(), begun, terms, {}, mirror=mirror)
+
+    # A new one, and one that has been refused before.
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError, match=r"trials are in the mirror's copy of s, "
+        ):
+            create()
+    assert not (folder / "trials").exists()
+
+
+def test_a_trial_whose_copy_cannot_be_read_is_left_to_a_later_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trials = [
+        create_trial(state=TrialState.RUNNING, user_attrs={"starts": [0]}),
+        create_trial(state=TrialState.WAITING),
+    ]
+    study = made_study(tmp_path / "s", trials)
+    study.optuna.set_user_attr("total", 2)
+    copy = tmp_path / "copies" / "s" / "trials" / "0"
+    copy.mkdir(parents=True)
+    write_json(copy / "run.json", {})
+    (copy / "metrics.jsonl").symlink_to("nowhere")
+    session = session_of(space=Space.parse({}, []), seed=0, folder=tmp_path)
+    common = dataclasses.replace(session.common, mirror=str(tmp_path / "copies"))
+    source = _TrialSource(dataclasses.replace(session, common=common), study)
+
+    run = source.next_run(lambda _: True)
+
+    assert run is not None
+    assert run.name == "1"
+    (line,) = caplog.messages
+    assert line.startswith("trial 0: mirror=")
+    assert line.endswith("it stays running, to be adopted later")
+    # Another worker finds it free, and without a log that would count as begun here.
+    (copy / "metrics.jsonl").unlink()
+    assert [trial.number for trial in orphaned_trials(study)] == [0]
+    fetch_trial(Mirror("copies"), study.folder_of(0))
+    assert study.folder_of(0).identity.exists()
+    run.close()
+
+
+def test_without_a_mirror_no_trial_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = made_study(tmp_path / "s", [create_trial(value=1.0)])
+    result = study.folder_of(0).result
+    result.parent.mkdir(parents=True)
+    # To read it is an error.
+    result.write_text("no JSON")
+    fetch_study(NO_MIRROR, study)
+
+
+def test_an_interrupted_fetch_of_a_later_state_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mirror = Mirror("copies")
+    trial = create_trial(state=TrialState.RUNNING, user_attrs={"starts": [0]})
+    study = made_study(tmp_path / "s", [trial])
+    journal, run = study.folder / JOURNAL, study.folder_of(0)
+    answer, best = study.folder / "answer.json", study.folder / "best"
+    run.path.mkdir(parents=True)
+    best.mkdir()
+    older = journal.read_bytes()
+    study.optuna.set_user_attr("later", True)
+    for path in (run.identity, answer, best / "run.json"):
+        path.write_text("later")
+    mirror.copy(study.folder)
+    Mirror.finish()
+    # The machine comes back.
+    journal.write_bytes(older)
+    for path in (run.identity, answer, best / "run.json", best / "samples.json"):
+        path.write_text("older")
+    study = Study.load(study.folder)
+
+    broken = tmp_path / "copies" / "s" / "trials" / "0" / "samples.json"
+    broken.symlink_to("nowhere")
+    fetch_journal(mirror, journal)
+    with pytest.raises(ConfigError, match=r"^mirror=copies: can't be read"):
+        fetch_study(mirror, study)
+    broken.unlink()
+    fetch_journal(mirror, journal)
+    fetch_study(mirror, study)
+
+    for path in (run.identity, answer, best / "run.json"):
+        assert path.read_text() == "later"
+    assert not (best / "samples.json").exists()
+    # Once only.
+    for path in (run.identity, answer):
+        path.write_text("goes on here")
+    fetch_journal(mirror, journal)
+    fetch_study(mirror, study)
+    assert run.identity.read_text() == answer.read_text() == "goes on here"
