@@ -47,6 +47,8 @@ class TensorboardTracker(Tracker):
         values = {key: _hparam(value) for key, value in flatten(config).items()}
         _, start, self._end = hparams(values, {})  # type: ignore[no-untyped-call]
         self._hparams.add_summary(start)
+        # Else it is in the file after two minutes, and never where the run is killed before.
+        self._hparams.flush()
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
