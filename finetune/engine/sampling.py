@@ -64,8 +64,11 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]
         likeliest, tokens = probabilities.sort(-1, descending=True)
         # The share of the tokens before it: that of the first is 0, so it always stays.
         preceding = likeliest.cumsum(-1) - likeliest
-        likeliest = likeliest.masked_fill(preceding >= self._shares, 0.0)
-        shares = likeliest.cumsum(-1)
+        is_drawn = torch.zeros_like(probabilities, dtype=torch.bool)
+        is_drawn.scatter_(-1, tokens, preceding < self._shares)
+        # In the vocabulary's order: by likelihood, rounding would exchange tokens that are about
+        # equally likely, and other rows beside this one change the rounding.
+        shares = probabilities.masked_fill(~is_drawn, 0.0).cumsum(-1)
         total = shares[:, -1:]
         draws = self._draws[:, self._token, None] * total
         self._token += 1
@@ -74,6 +77,6 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]
         passed = (shares <= draws) & (shares < total)
         positions = passed.sum(-1, keepdim=True)
         drawn = torch.full_like(scores, -torch.inf)
-        drawn.scatter_(-1, tokens.gather(-1, positions), 0.0)
+        drawn.scatter_(-1, positions, 0.0)
         result: torch.FloatTensor = torch.where(self._sampled, drawn, scores)  # type: ignore[assignment]
         return result

@@ -194,18 +194,18 @@ def linear_targets(model: "PreTrainedModel", lora: LoraSettings) -> str | list[s
     if targets != "all-linear":
         names = _linear_layers(model)
         return sorted(name for name in names if re.fullmatch(targets, name))
-    return names_of_linear_layers(model, lora)
+    adapted = names_of_linear_layers(model, lora)
+    return sorted({_last_part(name) for name in adapted})
 
 
 def names_of_linear_layers(model: "PreTrainedModel", lora: LoraSettings) -> list[str]:
-    """Return the last parts of the names of the layers that `all-linear` adapts."""
+    """Return the full names of the layers that `all-linear` adapts."""
     head = model.get_output_embeddings()
-    layers = [
+    return sorted(
         name
         for name in _linear_layers(model) - _layers_without_adapter(model, lora).keys()
         if model.get_submodule(name) is not head
-    ]
-    return sorted({_last_part(name) for name in layers})
+    )
 
 
 def _linear_layers(model: "PreTrainedModel") -> set[str]:
