@@ -110,9 +110,9 @@ class Mirror:
             self._submit(self._copy, folder, without)
 
     def copy_run(self, folder: Path) -> None:
-        """Make the copy of a run's folder equal to the folder, as `copy` does.
+        """Copy what is new in a run's folder, in a thread. A failure is one warning.
 
-        What the run's process has removed is removed there too, so that it never comes back.
+        The copies of what the run has removed are removed, so that it never comes back.
 
         Args:
             folder: The folder of a run that this process holds, or that has ended.
@@ -268,14 +268,14 @@ class Mirror:
         names: Collection[str],
     ) -> None:
         """Do the thread's work on a folder. A failure is one warning."""
-        place = Path(os.path.abspath(folder))
+        path = Path(os.path.abspath(folder))
         # A trial's folder is in its study's.
-        if any((str(self._url), path) in _left for path in (place, *place.parents)):
+        if any((str(self._url), each) in _left for each in (path, *path.parents)):
             return
         try:
             work(*self._open(folder), folder, names)
         except GoneOnElsewhere as error:
-            _left.add((str(self._url), place))
+            _left.add((str(self._url), path))
             log.warning(
                 "%s=%s: %s was not copied (%s); this command copies nothing more of it",
                 KEY,

@@ -33,7 +33,11 @@ from finetune.model.published_adapter import (
     rename_for_published,
     rename_for_text_model,
 )
-from finetune.model.target_modules import excluded_modules, linear_targets
+from finetune.model.target_modules import (
+    excluded_modules,
+    expression_of,
+    linear_targets,
+)
 from finetune.model.tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
@@ -78,7 +82,7 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     if targets != lora.target_modules:
         config.target_modules = set(targets)
     # The user's expression first: it may begin with flags, or refer to its groups by number.
-    patterns = [_expression_of(config.exclude_modules), *excluded_modules(model, lora)]
+    patterns = [_exclusion(config.exclude_modules), *excluded_modules(model, lora)]
     config.exclude_modules = "|".join(filter(None, patterns)) or None
     show_expert_shapes(model)
     with _SEED_LOCK, without_peft_notes():
@@ -93,7 +97,7 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     return adapted
 
 
-def _expression_of(modules: str | set[str] | None) -> str:
+def _exclusion(modules: str | set[str] | None) -> str:
     """Return a regular expression for modules as PEFT excludes them; empty for none.
 
     Args:
@@ -103,7 +107,7 @@ def _expression_of(modules: str | set[str] | None) -> str:
         return ""
     if isinstance(modules, str):
         return modules
-    return rf"(.*\.)?({'|'.join(map(re.escape, sorted(modules)))})"
+    return expression_of(modules)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,9 +109,13 @@ def excluded_modules(model: "PreTrainedModel", lora: LoraSettings) -> list[str]:
                 reason,
             )
         if layers:
-            left_out = sorted({_last_part(name) for name in layers})
-            patterns.append(rf"(.*\.)?({'|'.join(map(re.escape, left_out))})")
+            patterns.append(expression_of({_last_part(name) for name in layers}))
     return patterns
+
+
+def expression_of(ends: Iterable[str]) -> str:
+    """Return a regular expression of the modules whose names end so, as PEFT excludes them."""
+    return rf"(.*\.)?({'|'.join(map(re.escape, sorted(ends)))})"
 
 
 def modules_outside_language_model(model: "PreTrainedModel") -> list[str]:

@@ -100,9 +100,9 @@ def _ensure_uid(study: Study, mirror: Mirror) -> None:
     trials = study.folder / TRIALS
     is_here = trials.exists()
     if is_here or mirror.newest_run(trials) is not None:
-        place = study.folder if is_here else f"the mirror's copy of {study.folder}"
+        folder = study.folder if is_here else f"the mirror's copy of {study.folder}"
         reason = (
-            f"another study's trials are in {place}, and this storage has no such study; "
+            f"another study's trials are in {folder}, and this storage has no such study; "
             "give another name"
         )
         raise refusal("hydra.sweeper.study_name", study.name, reason)

@@ -167,14 +167,14 @@ def test_ctrl_c_as_a_call_begins_leaves_a_process_in_which_the_next_call_works(
     monkeypatch.setattr("finetune.in_process._loggers", list)
     with in_process():
         pass  # Imports, during which Ctrl-C would wait.
-    place = 1
-    while interrupted_at_its_beginning(place):
+    number = 1
+    while interrupted_at_its_beginning(number):
         with in_process():
-            place += 1
-    assert place > 50
+            number += 1
+    assert number > 50
 
 
-def interrupted_at_its_beginning(place: int) -> bool:
+def interrupted_at_its_beginning(number: int) -> bool:
     """Press Ctrl-C at one of the places at which Python looks for signals as a call begins.
 
     They are where a function in Python begins and where one in C has ended.
@@ -188,7 +188,7 @@ def interrupted_at_its_beginning(place: int) -> bool:
         nonlocal passed
         is_import = frame.f_code.co_filename == IMPORT_SYSTEM
         passed += event in ("call", "c_return") and not is_import
-        if passed == place:
+        if passed == number:
             sys.setprofile(None)
             signal.raise_signal(signal.SIGINT)
 

@@ -40,6 +40,17 @@ TEXT = {
     "pad_token_id": 1,
     "bos_token_id": 1,
 }
+GEMMA4_TOWERS: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
+    "audio_config": None,
+}
 WINDOWS = {"sliding_window": 16}
 LINEAR = {
     "linear_num_key_heads": 2,
@@ -110,15 +121,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
                 "hidden_size_per_layer_input": 8,
                 "global_head_dim": 32,
             },
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "head_dim": 16,
-            },
-            "audio_config": None,
+            **GEMMA4_TOWERS,
         },
     ),
     "gemma4_moe": (
@@ -135,15 +138,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
                 "moe_intermediate_size": 32,
                 "global_head_dim": 32,
             },
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "head_dim": 16,
-            },
-            "audio_config": None,
+            **GEMMA4_TOWERS,
         },
     ),
     "llama4": (
