@@ -38,8 +38,10 @@ def queued_logs(folder: Path) -> dict[str, Path]:
 
     There are none while they are being queued.
     """
-    entry = read_json(folder / QUEUED) or {"jobs": [], "logs": []}
-    return dict(zip(entry["jobs"], map(Path, entry["logs"]), strict=True))
+    entry = read_json(folder / QUEUED) or {"jobs": []}
+    # The version before this one wrote no logs.
+    logs = map(Path, entry.get("logs", ()))
+    return dict(zip(entry["jobs"], logs, strict=False))
 
 
 def describe_jobs(queue: str, numbers: Sequence[str]) -> str:

@@ -129,6 +129,8 @@ def test_queued_jobs_are_described_until_the_study_begins(tmp_path: Path) -> Non
     assert describe_queued(tmp_path) == (
         "has not begun, because of an error (1 Slurm job 12_1): no GPU is here"
     )
+    write_json(tmp_path / "queued.json", {"queue": "slurm", "jobs": ["11"]})
+    assert describe_queued(tmp_path) == "no job of it has begun yet (1 Slurm job 11)"
     write_queued(tmp_path, "local", {"77": tmp_path / "77"})
     assert describe_queued(tmp_path) == "no job of it has begun yet (process 77)"
 
