@@ -64,8 +64,9 @@ WARM_RECORDED = 150
 STEPS_RECORDED = 48
 """Steps that are measured there, at least: they take milliseconds."""
 
-PROFILED = 3
-"""Steps that `--busy` profiles."""
+PROFILED = 12
+"""Steps that `--busy` profiles: the first ones are faster, as a GPU that has waited is below its
+power limit."""
 
 CHECKPOINTING: dict[str, Checkpointing] = {
     "off": False,

@@ -224,6 +224,18 @@ def attention_implementation_of(config: Any) -> str:
     return str(config._attn_implementation)
 
 
+def caching_layers(cache: Any) -> list[Any]:
+    """Return the layers of a transformers cache that hold something.
+
+    Reason: layers that use the keys and values of another one have a layer without any, which has
+    no public mark. transformers 5.23, `DummyLayer`; 5.17 has none. Upstream: none.
+    """
+    from transformers import cache_utils
+
+    dummy = getattr(cache_utils, "DummyLayer", ())
+    return [layer for layer in cache.layers if not isinstance(layer, dummy)]
+
+
 def compile_and_launch(
     kernel: Any,
     grid: tuple[int, int, int],

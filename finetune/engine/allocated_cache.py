@@ -10,7 +10,10 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from finetune.compat import caching_layers
 from finetune.engine.probes import base_of
+from finetune.engine.recorded_steps import can_record
+from finetune.engine.step_cache import StepCache
 from finetune.model.architectures import text_config_of
 
 if TYPE_CHECKING:
@@ -89,8 +92,12 @@ def allocate_cache(model: "PreTrainedModel", tokens: int) -> DynamicCache | None
     if not getattr(base, "_supports_attention_backend", False):
         return None
     cache = DynamicCache(config=text_config_of(base.config))
-    if any(type(layer) not in ATTENTION_LAYERS for layer in cache.layers):
+    if any(type(layer) not in ATTENTION_LAYERS for layer in caching_layers(cache)):
         return None
+    if can_record(base):
+        # With room for one more, so that the mask always hides something, and is always there.
+        device = next(base.parameters()).device
+        return StepCache(text_config_of(base.config), tokens + 1, device)
     for number, layer in enumerate(cache.layers):
         # Layers with a sliding window hold the window only.
         if type(layer) is DynamicLayer:

@@ -19,7 +19,9 @@ from finetune.engine.probes import (
     plain_logits,
     probe_ids,
 )
+from finetune.engine.recorded_steps import recorded_steps
 from finetune.engine.sampling import RowSampler
+from finetune.engine.step_cache import StepCache
 from finetune.model.device import without_cudnn_attention
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ ShowTokens = Callable[[list[int]], None]
 
 TOKENS_OF_A_CALL = 16
 """Tokens after which rows that have ended leave the batch, and stop texts are looked for."""
+
+MEDIAN_STEPS = 3
+"""Steps that a probe computes: the fewest that have a median."""
 
 SMALLER_SHARE = 0.75
 """Rows leave if at most this share of the batch remains: the cache is copied for it."""
@@ -256,7 +261,7 @@ def generate(
         arguments["past_key_values"] = cache
     if sampler is not None:
         arguments["logits_processor"] = [sampler]
-    with without_cudnn_attention():
+    with without_cudnn_attention(), recorded_steps(model, cache):
         return model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -265,6 +270,8 @@ def generate(
             pad_token_id=padding,
             eos_token_id=ends or None,
             use_cache=use_cache,
+            # For a cache whose tensors stay the same, transformers would compile the base.
+            disable_compile=True,
             **arguments,
         )
 
@@ -277,12 +284,15 @@ def compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> Compar
         prompts: Prompts at once: 1, or 2 of which the compared one is padded on the left.
         length: Tokens of the compared prompt.
     """
-    # Where products are rounded, the median token is compared: one token would be no median.
-    cached_steps = 1 if computes_exactly(model) else 3
     prompt = probe_ids(model, length, 0)
     longer_prompt = probe_ids(model, length + 3, 1)
     batch = [longer_prompt, prompt][-prompts:]
     ids, mask = pad_left(batch, prompt[0], next(model.parameters()).device)
+    cache = allocate_cache(model, ids.shape[1] + 1 + MEDIAN_STEPS)
+    # Where products are rounded, the median token is compared. Of recorded steps the first one is
+    # launched, the second one recorded, and the third one has to be at another position.
+    is_one_enough = computes_exactly(model) and not isinstance(cache, StepCache)
+    cached_steps = 1 if is_one_enough else MEDIAN_STEPS
     output = generate(
         model,
         ids,
@@ -291,7 +301,7 @@ def compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> Compar
         ends=[],
         padding=prompt[0],
         use_cache=True,
-        cache=allocate_cache(model, ids.shape[1] + 1 + cached_steps),
+        cache=cache,
         min_new_tokens=1 + cached_steps,
         output_logits=True,
         return_dict_in_generate=True,

@@ -21,6 +21,7 @@ from finetune.engine.batch_decoding import ShowTokens, compare_steps, decode_bat
 from finetune.engine.encoded_prompts import Answers, EncodedPrompts, positions_of
 from finetune.engine.evaluation import evaluation_mode
 from finetune.engine.probes import Shortcut, holds
+from finetune.engine.recorded_steps import can_record, stop_recording
 from finetune.engine.sampling import RowSampler
 from finetune.errors import is_out_of_memory_error
 from finetune.model.memory import free_memory
@@ -150,6 +151,12 @@ class _Decoding:
             several: Whether there are prompts to answer together.
         """
         with self._adapt([run]):
+            if can_record(self._model):
+                compare = functools.partial(compare_steps, self._model, 2)
+                # This probe is of prompts together and of cached steps too.
+                if holds(Shortcut.RECORDED_STEPS, self._model, tokens, compare):
+                    return several, True
+                stop_recording(self._model)
             if several:
                 compare = functools.partial(compare_steps, self._model, 2)
                 # This probe is of cached steps too, so the next one is not needed.

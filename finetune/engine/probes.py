@@ -48,7 +48,7 @@ bfloat16 on an H200, right logits differ by 5.6 %. Deeper bases differ by more. 
 architectures are tested one by one; the probe is for a base that is not what its type says.
 """
 
-PROBE_VERSION = 4
+PROBE_VERSION = 5
 """Increased when a shortcut or its probe changes, so that earlier records are not used."""
 
 
@@ -70,6 +70,10 @@ class Shortcut(Enum):
     PROMPTS_TOGETHER = (
         "answering one prompt after another, which is slower: padded on the left beside a longer "
         "one, a prompt has other logits"
+    )
+    RECORDED_STEPS = (
+        "generating tokens without recorded steps, which is slower: launched at once, a step's "
+        "kernels compute other logits"
     )
     CACHED_STEPS = (
         "answering without a cache, which is slower: with cached keys and values, a token has "

@@ -5,16 +5,14 @@ So the blocks' forward and backward pass are recorded for a size (`pass_size`), 
 each batch that fits into it: its tables are copied to where the recorded kernels read them.
 """
 
-import contextlib
-import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from finetune.console import summary_line
+from finetune.engine.graph_pool import GraphPool, end_recording
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.gpu.blocks import DecoderBlocks
 from finetune.engine.packed.gpu.context import PassContext
@@ -34,23 +32,12 @@ SPARE_MEMORY = 512 * 2**20
 """Bytes that are left free beside what a recorded pass takes."""
 
 
-@functools.cache
-def _recording_stream(gpu: int) -> torch.cuda.Stream:
-    """The stream that passes are recorded on, one of a process for each GPU.
-
-    Matrix products keep their workspaces (`WORKSPACES` in `run.decoder_memory`) for each stream
-    that they were ever launched on, until the process ends: streams of each bank would add up.
-    """
-    return torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
-
-
-class GraphPool:
-    """The stream and the memory that recorded passes share: one is under way at a time."""
+class PassPool(GraphPool):
+    """Where passes are recorded, with the memory of what goes into them and comes out."""
 
     def __init__(self) -> None:
         """Nothing is in it yet."""
-        self._stream = _recording_stream(torch.cuda.current_device())
-        self._pool = torch.cuda.graph_pool_handle()
+        super().__init__()
         self._buffers: list[torch.Tensor] = []
 
     def buffers(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,29 +51,6 @@ class GraphPool:
         first, second = (buffer[: x.numel()].view(x.shape) for buffer in self._buffers)
         return first, second
 
-    def record(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """Record what a function launches, instead of computing it.
-
-        Returns:
-            Computes it.
-        """
-        graph = torch.cuda.CUDAGraph()
-        # Not `torch.cuda.graph`, which gives all unused memory back first.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), self._capturing(graph):
-            launch()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return graph.replay
-
-    @contextlib.contextmanager
-    def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        # Other threads may use the GPU meanwhile: they save adapters.
-        graph.capture_begin(self._pool, capture_error_mode="thread_local")
-        try:
-            yield
-        finally:
-            graph.capture_end()
-
 
 class RecordedPass:
     """The blocks' forward and backward pass of one size."""
@@ -96,7 +60,7 @@ class RecordedPass:
         blocks: DecoderBlocks,
         x: torch.Tensor,
         context: PassContext,
-        pool: GraphPool,
+        pool: PassPool,
     ) -> None:
         """Record both; nothing is computed.
 
@@ -164,7 +128,7 @@ class PassRecorder:
         """What distinguishes passes that were computed once, and not recorded yet; with the bytes
         that their activations took."""
         self._recorded: OrderedDict[Any, RecordedPass] = OrderedDict()
-        self._pool: GraphPool | None = None
+        self._pool: PassPool | None = None
         self.memory = 0
         """Bytes that recorded passes have for themselves."""
 
@@ -223,7 +187,7 @@ class PassRecorder:
 
     def _record(self, x: torch.Tensor, context: PassContext) -> RecordedPass | None:
         if self._pool is None:
-            self._pool = GraphPool()
+            self._pool = PassPool()
         before = torch.cuda.memory_reserved()
         try:
             recorded = RecordedPass(self._blocks, x, context, self._pool)
@@ -231,7 +195,7 @@ class PassRecorder:
             return recorded
         except RuntimeError as error:
             self.stop()
-            _end_recording()
+            end_recording()
             log.warning(
                 "passes cannot be recorded; each kernel is launched by itself (%s)",
                 summary_line(error),
@@ -278,13 +242,3 @@ def _is_free(memory: int) -> bool:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
     return free >= needed
-
-
-def _end_recording() -> None:
-    """Record something after a recording that failed.
-
-    Until a recording succeeds, PyTorch's generator of random numbers takes it that one is under
-    way, and refuses to draw.
-    """
-    number = torch.zeros(1, device="cuda")
-    GraphPool().record(number.zero_)  # type: ignore[arg-type]

@@ -501,3 +501,67 @@ def test_a_study_trains_in_slots(tiny_base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "s" / "report.html").is_file()
     merged = run_cli("s/best", "--to", "merged", module="finetune.merge", cwd=tmp_path)
     assert merged.returncode == 0, merged.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recorded_steps_generate_the_tokens_of_launched_ones(
+    tiny: Tiny, dtype: str, monkeypatch: Any
+) -> None:
+    import torch
+
+    from finetune.data.types import Prompt
+    from finetune.engine import recorded_steps
+    from finetune.engine.encoded_prompts import encode_prompts
+    from finetune.engine.packed.requests import Generate
+
+    config = tiny(f"quantization.bnb_4bit_compute_dtype={dtype}", "lora.r=16")
+    resources = SharedResources()
+    bank = resources.bank(config)
+    texts = ("Hm?", "What does math.gcd do in Python, and why?", "Sea, or not?")
+    requests = []
+    torch.manual_seed(1)
+    for seed in range(3):
+        slot = bank.create_slot(config.lora, seed)
+        slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
+        prompts = encode_prompts(
+            bank.base,
+            resources.tokenizer(config.model),
+            [Prompt(text) for text in texts],
+            max_new_tokens=40 + 20 * seed,
+            max_length=None,
+            variables=None,
+            sampling=None,
+        )
+        requests.append(Generate(slot, prompts))
+    recorded: list[bool] = []
+    record = recorded_steps.record_on_gpu
+
+    def counting(launch: Callable[[], None]) -> Callable[[], None]:
+        # Not what was recorded, whose memory would stay.
+        recorded.append(True)
+        return record(launch)
+
+    monkeypatch.setattr(recorded_steps, "record_on_gpu", counting)
+    bank.generate(requests)
+    memory = torch.cuda.memory_reserved()
+    answers = bank.generate(requests)
+    assert recorded
+    # What is recorded later takes the memory of what was recorded before.
+    for _ in range(4):
+        assert bank.generate(requests) == answers
+    assert torch.cuda.memory_reserved() <= memory + 2**23
+    recorded_steps.stop_recording(bank.base)
+    recorded.clear()
+
+    launched = bank.generate(requests)
+
+    assert not recorded
+    if dtype == "float32":
+        assert answers == launched
+    else:
+        # Attention adds in another order: near ties may be decided otherwise.
+        agreeing = []
+        for mine, theirs in zip(answers, launched, strict=True):
+            pairs = zip(mine, theirs, strict=True)
+            agreeing += [one[:4] == other[:4] for one, other in pairs]
+        assert sum(agreeing) >= len(agreeing) - 1

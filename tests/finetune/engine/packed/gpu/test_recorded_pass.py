@@ -43,9 +43,9 @@ def test_padding_changes_no_loss_and_no_gradient(
 
 def repeating_pool() -> Any:
     """Where there is no GPU: what is recorded is launched again."""
-    from finetune.engine.packed.gpu.recorded_pass import GraphPool
+    from finetune.engine.packed.gpu.recorded_pass import PassPool
 
-    class RepeatingPool(GraphPool):
+    class RepeatingPool(PassPool):
         def __init__(self) -> None:
             self._buffers = []
 
@@ -79,7 +79,7 @@ def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
     # The interpreter's time grows with the tokens.
     monkeypatch.setattr("finetune.engine.packed.gpu.pass_size.MIN_STEP", 16)
     pool = repeating_pool()
-    monkeypatch.setattr(f"{RECORDED}.GraphPool", lambda: pool)
+    monkeypatch.setattr(f"{RECORDED}.PassPool", lambda: pool)
     recorder = slots[0].bank.backend._recorder
 
     train(*cases[0], 5)  # what is met for the first time is not recorded yet

@@ -1,0 +1,138 @@
+"""Recorded steps generate the same tokens as steps that are launched one after another."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.architectures import PACKED
+from support.models import load_tokenizer
+from support.packs import Pack, greedy
+from support.recorded_operations import record_operations
+from support.runs import Tiny
+
+from finetune.data.types import Prompt
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("fresh_cache"),
+]
+
+RECORDED = "finetune.engine.recorded_steps"
+BY_DEFAULT = {"Llama", "Gemma2", "Gemma3Text", "GPTNeoX", "Qwen3Moe"}
+"""Full attention, windows, another embedding of positions, experts."""
+NOT_RECORDED = {
+    # Attention of another implementation than PyTorch's.
+    "Gemma2", "GptOss", "GraniteSWA",
+    # Experts, whose counts the host waits for.
+    "Qwen3Moe", "GraniteMoe", "Glm4MoeLite", "Mixtral", "Qwen2Moe", "Olmoe", "DeepseekV3",
+    "Gemma4Text with experts", "Qwen3_5MoeText",
+    # States that are no keys and values, or a cache of their own.
+    "Qwen3_5Text", "Lfm2", "GraniteMoeHybrid", "FalconH1", "Jamba", "NemotronH", "StableLm",
+}  # fmt: skip
+
+
+@pytest.fixture
+def count_recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Records without a GPU; how many steps were recorded so far."""
+    recorded: list[bool] = []
+
+    def record(launch: Callable[[], None]) -> Callable[[], None]:
+        replay = record_operations(launch)
+        recorded.append(True)
+        return replay
+
+    monkeypatch.setattr(f"{RECORDED}._is_on_one_gpu", lambda base: True)
+    monkeypatch.setattr(f"{RECORDED}.record_on_gpu", record)
+    monkeypatch.setattr(f"{RECORDED}.end_recording", lambda: None)
+    return lambda: len(recorded)
+
+
+def answer(pack: Pack, limit: int) -> tuple[list[Any], list[Any]]:
+    """Answers of all slots at once, and what each alone says, token by token without a cache."""
+    from finetune.engine.encoded_prompts import encode_prompts
+    from finetune.engine.packed.requests import Generate
+
+    texts = ("Hm?", "What does math.gcd do in Python, and why?", "Sea, or not?")
+    requests = []
+    for slot in pack.slots:
+        encoded = encode_prompts(
+            pack.bank.base,
+            load_tokenizer(pack.config),
+            [Prompt(text) for text in texts],
+            max_new_tokens=limit,
+            max_length=None,
+            variables=None,
+            sampling=None,
+        )
+        requests.append(Generate(slot, encoded))
+    answers = pack.bank.generate(requests)
+    alone = []
+    for number, request in enumerate(requests):
+        ends = request.prompts.ends
+        alone.append(
+            [
+                greedy(pack.models[number], ids, limit, ends)
+                for ids in request.prompts.ids
+            ]
+        )
+    return answers, alone
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow)
+        for name in PACKED
+    ],
+)
+def test_recorded_answers_are_those_of_each_alone(
+    architecture: str, tiny: Tiny, count_recorded: Callable[[], int]
+) -> None:
+    answers, alone = answer(Pack(architecture, tiny), 24)
+    assert answers == alone
+    assert (count_recorded() > 0) is (architecture not in NOT_RECORDED)
+
+
+def test_a_base_that_counts_its_tokens_itself_is_not_recorded(
+    tiny: Tiny,
+    count_recorded: Callable[[], int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pack = Pack("Llama", tiny)
+    decoder = pack.bank.base.model
+    forward = decoder.forward
+    # Then the position of a step is a number of Python's.
+    decoder.forward = lambda position_ids, **inputs: forward(**inputs)
+
+    with caplog.at_level("INFO"):
+        answers, alone = answer(pack, 24)
+
+    assert answers == alone
+    assert count_recorded() == 1  # by the probe
+    assert "generating tokens without recorded steps" in caplog.text
+
+
+def test_steps_that_cannot_be_recorded_are_launched_and_one_line_says_so(
+    tiny: Tiny,
+    count_recorded: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pack = Pack("Llama", tiny)
+    decoder = pack.bank.base.model
+    forward = decoder.forward
+
+    def waiting(**inputs: Any) -> Any:
+        assert inputs["input_ids"].sum().item() >= 0
+        return forward(**inputs)
+
+    decoder.forward = waiting
+
+    with caplog.at_level("INFO"):
+        answers, alone = answer(pack, 24)
+        again, _ = answer(pack, 24)
+
+    assert answers == alone == again
+    assert count_recorded() == 0
+    assert caplog.text.count("without recorded steps") == 1
+    assert "forward" not in vars(pack.bank.base)
