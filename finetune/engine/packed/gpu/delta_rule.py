@@ -38,12 +38,13 @@ class Tiling:
     """Of software pipelining."""
 
 
+# Tilings of the kernels, in the order of their launches.
 CHUNKS = Tiling(block=0, warps=4, stages=1)
-OUTPUTS = Tiling(block=64, warps=4, stages=1)
-STATES = Tiling(block=64, warps=4, stages=1)
+OUTPUTS = Tiling(block=64, warps=4, stages=2)
+STATES = Tiling(block=64, warps=4, stages=2)
 GRAD_STATES = Tiling(block=64, warps=4, stages=1)
-BACKWARD = Tiling(block=64, warps=8, stages=1)
-SHARED_HEADS = Tiling(block=0, warps=4, stages=1)
+BACKWARD = Tiling(block=128, warps=4, stages=1)
+SHARED_HEADS = Tiling(block=0, warps=8, stages=1)
 
 DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -252,20 +253,12 @@ class DeltaRule:
         results = (corrections, states, corrections)
         self._go_over_rows(qkv, chunks, results, tables, STATES, True)
         grad_qkv = qkv.new_empty(len(qkv), sum(self.widths))
-        grad_queries, grad_keys, grad_values = torch.split(grad_qkv, self.widths, 1)
+        grad_values = grad_qkv[:, 2 * self.key_width :]
         grad_states = torch.empty_like(states)
-        arguments = (
-            chunks.queries, chunks.keys, chunks.sums, chunks.inverses, chunks.scores,
-            grad_output, grad_states, grad_values, tables.rows, grad_values.stride(0),
-            self.value_heads, self._group_size,
-        )  # fmt: skip
-        constants = self._constants(qkv, GRAD_STATES)
-        grid = self._row_grid(tables, GRAD_STATES)
-        warps, stages = GRAD_STATES.warps, GRAD_STATES.stages
-        launch(grad_states_kernel, grid, arguments, constants, warps, stages)
+        self._go_back_over_rows(chunks, grad_output, grad_states, grad_values, tables)
         queries, keys, sums = chunks.queries, chunks.keys, chunks.sums
         # Makes room.
-        del chunks, arguments
+        del chunks
         # Of each value head.
         head_queries = qkv.new_empty(len(qkv), self.value_heads, self.key_columns)
         head_keys = torch.empty_like(head_queries)
@@ -276,16 +269,46 @@ class DeltaRule:
             grad_values, head_queries, head_keys, grad_log_decays, grad_rates, tables.chunks,
             grad_values.stride(0), self.value_heads, self._group_size,
         )  # fmt: skip
-        constants = self._constants(qkv, BACKWARD)
         grid = (len(tables.chunks), self.value_heads, 1)
+        constants = self._constants(qkv, BACKWARD)
         warps, stages = BACKWARD.warps, BACKWARD.stages
         launch(delta_rule_backward_kernel, grid, arguments, constants, warps, stages)
+        self._sum_heads(qkv, head_queries, head_keys, grad_qkv, tables)
+        return grad_qkv, grad_log_decays, grad_rates
+
+    def _go_back_over_rows(
+        self,
+        chunks: _Chunks,
+        grad_output: torch.Tensor,
+        grad_states: torch.Tensor,
+        grad_values: torch.Tensor,
+        tables: RowTables,
+    ) -> None:
+        """Compute the gradients of states and values, from the rows' last chunks to their first."""
+        arguments = (
+            chunks.queries, chunks.keys, chunks.sums, chunks.inverses, chunks.scores,
+            grad_output, grad_states, grad_values, tables.rows, grad_values.stride(0),
+            self.value_heads, self._group_size,
+        )  # fmt: skip
+        grid = self._row_grid(tables, GRAD_STATES)
+        constants = self._constants(grad_output, GRAD_STATES)
+        warps, stages = GRAD_STATES.warps, GRAD_STATES.stages
+        launch(grad_states_kernel, grid, arguments, constants, warps, stages)
+
+    def _sum_heads(
+        self,
+        qkv: torch.Tensor,
+        head_queries: torch.Tensor,
+        head_keys: torch.Tensor,
+        grad_qkv: torch.Tensor,
+        tables: RowTables,
+    ) -> None:
+        """Compute the gradients of queries and keys from those of each value head."""
         arguments = (
             qkv, head_queries, head_keys, grad_qkv, tables.chunks, qkv.stride(0),
             grad_qkv.stride(0), self.value_heads, self._group_size, self.key_width, self._scale,
         )  # fmt: skip
-        constants = (CHUNK, self.key_columns)
         grid = (len(tables.chunks), self.key_heads, 1)
+        constants = (CHUNK, self.key_columns)
         warps, stages = SHARED_HEADS.warps, SHARED_HEADS.stages
         launch(shared_heads_kernel, grid, arguments, constants, warps, stages)
-        return grad_qkv, grad_log_decays, grad_rates

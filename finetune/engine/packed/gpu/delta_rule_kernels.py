@@ -70,9 +70,9 @@ def _normalize_backward(grads, normalized, inverse):
 
 
 @triton.jit
-def _pairs(sums):
-    """E, with ones above the diagonal, where the power would overflow."""
-    return tl.exp(tl.minimum(sums[:, None] - sums[None, :], 0.0))
+def _pairs(later, earlier):
+    """E from sums that are later, and earlier ones; ones where they are not: no power overflows."""
+    return tl.exp(tl.minimum(later - earlier, 0.0))
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def chunk_kernel(
         chunk_sums = tl.cumsum(load_float32(log_decays, offsets, mask), 0)
         chunk_rates = load_float32(rates, offsets, mask)
         tl.store(sums + offsets, chunk_sums, mask=mask)
-        pairs = _pairs(chunk_sums)
+        pairs = _pairs(chunk_sums[:, None], chunk_sums[None, :])
         system = tl.where(is_strictly_lower, key_products * pairs, 0.0)
         inverse = unit_lower_inverse(system * chunk_rates[:, None], CHUNK)
         cells = (chunk.to(tl.int64) * heads + head) * CHUNK * CHUNK + square
@@ -216,7 +216,13 @@ def delta_rule_kernel(
             result = _multiply(rounded_state, tl.trans(chunk_queries), DTYPE) * growth
             result += _multiply(correction, tl.trans(chunk_scores), DTYPE)
             _store_columns(
-                output, tl.trans(result), tokens, heads * VALUES, value_column, mask, BLOCK
+                output,
+                tl.trans(result),
+                tokens,
+                heads * VALUES,
+                value_column,
+                mask,
+                BLOCK,
             )
         remaining = tl.exp(total - chunk_sums)[None, :]
         state = tl.exp(total) * state
@@ -308,9 +314,13 @@ def delta_rule_backward_kernel(
     tokens = first + row
     mask = tokens < stop
     # n = T r with T = (I + A)⁻¹ b: A's gradient is the negative product of that of r and n, and
-    # that of a rate the sum of their elements, without b.
+    # that of a rate the sum of their elements, without b. Both products are computed transposed
+    # too: transposing them in registers gave wrong results on Hopper before Triton 3.7.1
+    # (flash-linear-attention#640).
     grad_scores = tl.zeros((CHUNK, CHUNK), tl.float32)
     grad_system = tl.zeros((CHUNK, CHUNK), tl.float32)
+    transposed_scores = tl.zeros((CHUNK, CHUNK), tl.float32)
+    transposed_system = tl.zeros((CHUNK, CHUNK), tl.float32)
     grad_rate = tl.zeros((CHUNK,), tl.float32)
     for block in tl.static_range(VALUES // BLOCK):
         column = head * VALUES + block * BLOCK
@@ -321,20 +331,28 @@ def delta_rule_backward_kernel(
         )
         grad_scores += _multiply(grads, tl.trans(correction), DTYPE)
         grad_system -= _multiply(grad_errors, tl.trans(correction), DTYPE)
-        grad_rate += tl.sum(
-            grad_errors.to(tl.float32) * correction.to(tl.float32), 1
-        )
+        transposed_scores += _multiply(correction, tl.trans(grads), DTYPE)
+        transposed_system -= _multiply(correction, tl.trans(grad_errors), DTYPE)
+        grad_rate += tl.sum(grad_errors.to(tl.float32) * correction.to(tl.float32), 1)
     offsets = tokens * heads + head
     chunk_rates = load_float32(rates, offsets, mask)
     # n and the gradient of r are products with b. A rate of 0 is a sigmoid without a slope.
     divisors = tl.where(chunk_rates > 0.0, chunk_rates, 1.0)
     tl.store(grad_rates + offsets, grad_rate / divisors / divisors, mask=mask)
     chunk_sums, total = _load_sums(sums, first, stop, heads, head, CHUNK)
-    pairs = _pairs(chunk_sums)
-    is_lower = row[:, None] >= row[None, :]
-    is_strictly_lower = row[:, None] > row[None, :]
-    grad_scores = tl.where(is_lower, grad_scores * pairs, 0.0).to(DTYPE)
-    grad_system = tl.where(is_strictly_lower, grad_system * pairs, 0.0).to(DTYPE)
+    pairs = _pairs(chunk_sums[:, None], chunk_sums[None, :])
+    transposed_pairs = _pairs(chunk_sums[None, :], chunk_sums[:, None])
+    grad_scores = tl.where(row[:, None] >= row[None, :], grad_scores * pairs, 0.0)
+    grad_system = tl.where(row[:, None] > row[None, :], grad_system * pairs, 0.0)
+    transposed_scores = tl.where(
+        row[:, None] <= row[None, :], transposed_scores * transposed_pairs, 0.0
+    )
+    transposed_system = tl.where(
+        row[:, None] < row[None, :], transposed_system * transposed_pairs, 0.0
+    )
+    grad_scores, grad_system = grad_scores.to(DTYPE), grad_system.to(DTYPE)
+    transposed_scores = transposed_scores.to(DTYPE)
+    transposed_system = transposed_system.to(DTYPE)
     growth = tl.exp(chunk_sums)[:, None]
     chunk_keys = _load_columns(keys, tokens, key_stride, key_column, mask, KEYS)
 
@@ -376,11 +394,17 @@ def delta_rule_backward_kernel(
     grad_total *= tl.exp(total)
     # The last G is in each of these factors.
     grad_total += tl.sum(tl.sum(grad_written * chunk_keys.to(tl.float32), 1), 0)
-    grad_written += _multiply(tl.trans(grad_scores), chunk_queries, DTYPE)
-    grad_written += _multiply(tl.trans(grad_system), chunk_keys, DTYPE)
+    grad_written += _multiply(transposed_scores, chunk_queries, DTYPE)
+    grad_written += _multiply(transposed_system, chunk_keys, DTYPE)
     grad_sums -= tl.sum(grad_written * chunk_keys.to(tl.float32), 1)
     _store_columns(
-        head_keys, grad_keys + grad_written, tokens, heads * KEYS, head * KEYS, mask, KEYS
+        head_keys,
+        grad_keys + grad_written,
+        tokens,
+        heads * KEYS,
+        head * KEYS,
+        mask,
+        KEYS,
     )
     # Each log decay is in all later sums.
     later = tl.sum(grad_sums, 0) - tl.cumsum(grad_sums, 0) + grad_sums

@@ -11,12 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def unit_lower_inverse(lower, SIZE: tl.constexpr):
-    """(I + A)⁻¹ in float32.
-
-    Args:
-        lower: A, strictly lower [SIZE, SIZE].
-        SIZE: 32 or 64.
-    """
+    """(I + A)⁻¹ in float32 of a strictly lower A [SIZE, SIZE], of 32 or 64 rows."""
     tl.static_assert(SIZE == 32 or SIZE == 64)
     blocks = tl.reshape(lower, (1, SIZE, SIZE))
     if SIZE == 32:
@@ -104,11 +99,9 @@ def _alternate(left, right, COUNT: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _join(inverses, corners, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """The inverses of matrices [COUNT, 2 SIZE, 2 SIZE], from those of their halves.
+    """The inverses of matrices [COUNT, 2 SIZE, 2 SIZE], from their lower left quarters.
 
-    Args:
-        inverses: Left and right halves in turn [2 COUNT, SIZE, SIZE].
-        corners: The lower left quarters of the matrices.
+    And from the inverses of their other quarters, left and right in turn [2 COUNT, SIZE, SIZE].
     """
     halves = tl.reshape(inverses, (COUNT, 2, SIZE, SIZE))
     left, right = tl.split(tl.permute(halves, (0, 2, 3, 1)))
