@@ -346,10 +346,10 @@ class _DeltaNets:
 
         mixed = 2 * self.keys + self.values
         states = 2 * self.values * self.key_columns // CHUNK
-        # Those of T are float32.
-        inverses = 2 * self.heads * CHUNK
+        # Queries and keys of their final length; the gradient of the output, and corrections.
+        operands = 2 * self.keys + 2 * self.values
         head_gradients = 2 * self.heads * self.key_columns
-        return 2 * mixed + 3 * self.values + states + inverses + head_gradients
+        return 2 * mixed + operands + states + head_gradients
 
 
 def block_weights(shapes: Any, config: RunConfig) -> int:

@@ -12,23 +12,39 @@ import triton.language as tl
 
 from finetune.engine.packed.batch import Span
 from finetune.engine.packed.gpu.delta_rule_kernels import (
+    chunk_kernel,
     delta_rule_backward_kernel,
     delta_rule_kernel,
     grad_states_kernel,
-    inverse_kernel,
+    shared_heads_kernel,
 )
 from finetune.engine.packed.gpu.launch import launch
 from finetune.engine.packed.gpu.pass_size import PassSize, padded_rows
 from finetune.model.device import to_device
 
-CHUNK = 32
-"""Tokens that are computed at once."""
+CHUNK = 64
+"""Tokens that are computed at once: 32 or 64."""
 
-WARPS = 4
-"""Warps of a program: the fastest on an H200."""
 
-BLOCK = 64
-"""Most columns of the values that a program has at once."""
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel's work is cut."""
+
+    block: int
+    """The most columns of the values that a program has at once."""
+    warps: int
+    """Of a program."""
+    stages: int
+    """Of software pipelining."""
+
+
+# Tilings of the kernels, in the order of their launches.
+CHUNKS = Tiling(block=0, warps=4, stages=1)
+OUTPUTS = Tiling(block=64, warps=4, stages=2)
+STATES = Tiling(block=64, warps=4, stages=2)
+GRAD_STATES = Tiling(block=64, warps=4, stages=1)
+BACKWARD = Tiling(block=128, warps=4, stages=1)
+SHARED_HEADS = Tiling(block=0, warps=8, stages=1)
 
 DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -75,6 +91,22 @@ class RowTables:
 
 
 @dataclass(frozen=True)
+class _Chunks:
+    """What chunks have without their states; see `chunk_kernel`."""
+
+    queries: torch.Tensor
+    """Of their final length [tokens, columns]."""
+    keys: torch.Tensor
+    """Of length 1 [tokens, columns]."""
+    sums: torch.Tensor
+    """Of the log decays within a chunk, float32 [tokens, value heads]."""
+    inverses: torch.Tensor
+    """T [chunks, value heads, CHUNK, CHUNK]."""
+    scores: torch.Tensor
+    """[chunks, value heads, CHUNK, CHUNK]."""
+
+
+@dataclass(frozen=True)
 class DeltaRule:
     """The shapes of the heads."""
 
@@ -115,71 +147,82 @@ class DeltaRule:
         Returns:
             [tokens, value heads, value columns].
         """
-        inverses = self._inverses(qkv, log_decays, rates, tables)
+        chunks = self._chunks(qkv, log_decays, rates, tables)
         output = qkv.new_empty(len(qkv), self.value_heads, self.value_columns)
         # A kernel takes a tensor for each argument, used or not.
         results = (output, output, output)
-        self._launch(qkv, log_decays, rates, inverses, results, tables, False)
+        self._go_over_rows(qkv, chunks, results, tables, OUTPUTS, False)
         return output
 
-    def _inverses(
+    def _chunks(
         self,
         qkv: torch.Tensor,
         log_decays: torch.Tensor,
         rates: torch.Tensor,
         tables: RowTables,
-    ) -> torch.Tensor:
-        """T of every chunk, float32 [chunks, value heads, CHUNK, CHUNK]."""
-        chunks = len(tables.chunks)
-        inverses = torch.empty(
-            chunks, self.value_heads, CHUNK, CHUNK, device=qkv.device
+    ) -> _Chunks:
+        """Compute what does not depend on states."""
+        count = len(tables.chunks)
+        squares = (count, self.value_heads, CHUNK, CHUNK)
+        chunks = _Chunks(
+            queries=qkv.new_empty(len(qkv), self.key_width),
+            keys=qkv.new_empty(len(qkv), self.key_width),
+            sums=torch.empty_like(log_decays),
+            inverses=qkv.new_empty(squares),
+            scores=qkv.new_empty(squares),
         )
         arguments = (
-            qkv, log_decays, rates, inverses, tables.chunks, qkv.stride(0), self.value_heads,
-            self._group_size, self.key_width,
+            qkv, log_decays, rates, chunks.queries, chunks.keys, chunks.sums, chunks.inverses,
+            chunks.scores, tables.chunks, qkv.stride(0), self.value_heads, self._group_size,
+            self.key_width, self._scale,
         )  # fmt: skip
         constants = (CHUNK, self.key_columns, DTYPES[qkv.dtype])
-        grid = (chunks, self.value_heads, 1)
-        launch(inverse_kernel, grid, arguments, constants, 4, 2)
-        return inverses
+        grid = (count, self.key_heads, 1)
+        launch(chunk_kernel, grid, arguments, constants, CHUNKS.warps, CHUNKS.stages)
+        return chunks
 
     @property
     def _group_size(self) -> int:
         """Value heads that share a key head."""
         return self.value_heads // self.key_heads
 
-    def _launch(
+    @property
+    def _scale(self) -> float:
+        """The length of a query."""
+        return float(self.key_columns**-0.5)
+
+    def _go_over_rows(
         self,
         qkv: torch.Tensor,
-        log_decays: torch.Tensor,
-        rates: torch.Tensor,
-        inverses: torch.Tensor,
+        chunks: _Chunks,
         results: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         tables: RowTables,
+        tiling: Tiling,
         store_states: bool,
     ) -> None:
+        """Compute outputs, or states and corrections."""
         arguments = (
-            qkv, log_decays, rates, inverses, *results, tables.rows, qkv.stride(0),
-            self.value_heads, self._group_size, self.key_width, 2 * self.key_width,
-            self.key_columns**-0.5,
+            qkv, chunks.queries, chunks.keys, chunks.sums, chunks.inverses, chunks.scores,
+            *results, tables.rows, qkv.stride(0), self.value_heads, self._group_size,
+            2 * self.key_width,
         )  # fmt: skip
-        constants = (store_states, *self._constants(qkv))
+        constants = (store_states, *self._constants(qkv, tiling))
+        grid = self._row_grid(tables, tiling)
         launch(
-            delta_rule_kernel, self._row_grid(tables), arguments, constants, WARPS, 1
+            delta_rule_kernel, grid, arguments, constants, tiling.warps, tiling.stages
         )
 
-    def _constants(self, qkv: torch.Tensor) -> tuple[Any, ...]:
+    def _constants(self, qkv: torch.Tensor, tiling: Tiling) -> tuple[Any, ...]:
         """The kernels' constants CHUNK, KEYS, VALUES, BLOCK and DTYPE."""
-        shapes = (CHUNK, self.key_columns, self.value_columns, self._block)
+        shapes = (CHUNK, self.key_columns, self.value_columns, self._block(tiling))
         return (*shapes, DTYPES[qkv.dtype])
 
-    @property
-    def _block(self) -> int:
-        return min(BLOCK, self.value_columns)
+    def _block(self, tiling: Tiling) -> int:
+        return min(tiling.block, self.value_columns)
 
-    def _row_grid(self, tables: RowTables) -> tuple[int, int, int]:
+    def _row_grid(self, tables: RowTables, tiling: Tiling) -> tuple[int, int, int]:
         """Programs of the kernels that go over the chunks of a row."""
-        blocks = self.value_columns // self._block
+        blocks = self.value_columns // self._block(tiling)
         return len(tables.rows), self.value_heads, blocks
 
     def backward(
@@ -196,49 +239,76 @@ class DeltaRule:
             grad_output: [tokens, value heads, value columns].
             qkv: As in `forward`.
             log_decays: As in `forward`.
-            rates: As in `forward`.
+            rates: As in `forward`. The gradient of a rate of 0 is 0, as a sigmoid's is there.
             tables: As in `forward`.
 
         Returns:
             Gradients of qkv, log decays and rates.
         """
-        inverses = self._inverses(qkv, log_decays, rates, tables)
+        chunks = self._chunks(qkv, log_decays, rates, tables)
         states = qkv.new_empty(
-            len(tables.chunks), self.value_heads, self.key_columns, self.value_columns
+            len(tables.chunks), self.value_heads, self.value_columns, self.key_columns
         )
         corrections = torch.empty_like(grad_output)
         results = (corrections, states, corrections)
-        self._launch(qkv, log_decays, rates, inverses, results, tables, True)
+        self._go_over_rows(qkv, chunks, results, tables, STATES, True)
+        grad_qkv = qkv.new_empty(len(qkv), sum(self.widths))
+        grad_values = grad_qkv[:, 2 * self.key_width :]
         grad_states = torch.empty_like(states)
-        grad_corrections = torch.empty_like(corrections)
-        scan_arguments = (
-            qkv, log_decays, rates, inverses, grad_output, grad_states, grad_corrections,
-            tables.rows, qkv.stride(0), self.value_heads, self._group_size, self.key_width,
-            self.key_columns**-0.5,
-        )  # fmt: skip
-        constants = self._constants(qkv)
-        grid = self._row_grid(tables)
-        launch(grad_states_kernel, grid, scan_arguments, constants, WARPS, 1)
-        tokens = len(qkv)
-        grad_qkv = qkv.new_empty(tokens, sum(self.widths))
-        grad_queries, grad_keys, grad_values = torch.split(grad_qkv, self.widths, 1)
-        # Of each value head; those that share a key head are summed below.
-        head_queries = qkv.new_empty(tokens, self.value_heads, self.key_columns)
+        self._go_back_over_rows(chunks, grad_output, grad_states, grad_values, tables)
+        queries, keys, sums = chunks.queries, chunks.keys, chunks.sums
+        # Makes room.
+        del chunks
+        # Of each value head.
+        head_queries = qkv.new_empty(len(qkv), self.value_heads, self.key_columns)
         head_keys = torch.empty_like(head_queries)
         grad_log_decays = torch.empty_like(log_decays)
         grad_rates = torch.empty_like(rates)
         arguments = (
-            qkv, log_decays, rates, inverses, states, corrections, grad_output, grad_states,
-            grad_corrections, head_queries, head_keys, grad_values, grad_log_decays, grad_rates,
-            tables.chunks, qkv.stride(0), grad_values.stride(0), self.value_heads,
-            self._group_size, self.key_width, 2 * self.key_width, self.key_columns**-0.5,
+            queries, keys, sums, rates, states, corrections, grad_output, grad_states,
+            grad_values, head_queries, head_keys, grad_log_decays, grad_rates, tables.chunks,
+            grad_values.stride(0), self.value_heads, self._group_size,
         )  # fmt: skip
         grid = (len(tables.chunks), self.value_heads, 1)
-        launch(delta_rule_backward_kernel, grid, arguments, constants, WARPS, 1)
-        for gradient, of_heads in (
-            (grad_queries, head_queries),
-            (grad_keys, head_keys),
-        ):
-            grouped = of_heads.view(tokens, self.key_heads, self._group_size, -1)
-            gradient.copy_(grouped.sum(2).flatten(1))
+        constants = self._constants(qkv, BACKWARD)
+        warps, stages = BACKWARD.warps, BACKWARD.stages
+        launch(delta_rule_backward_kernel, grid, arguments, constants, warps, stages)
+        self._sum_heads(qkv, head_queries, head_keys, grad_qkv, tables)
         return grad_qkv, grad_log_decays, grad_rates
+
+    def _go_back_over_rows(
+        self,
+        chunks: _Chunks,
+        grad_output: torch.Tensor,
+        grad_states: torch.Tensor,
+        grad_values: torch.Tensor,
+        tables: RowTables,
+    ) -> None:
+        """Compute the gradients of states and values, from the rows' last chunks to their first."""
+        arguments = (
+            chunks.queries, chunks.keys, chunks.sums, chunks.inverses, chunks.scores,
+            grad_output, grad_states, grad_values, tables.rows, grad_values.stride(0),
+            self.value_heads, self._group_size,
+        )  # fmt: skip
+        grid = self._row_grid(tables, GRAD_STATES)
+        constants = self._constants(grad_output, GRAD_STATES)
+        warps, stages = GRAD_STATES.warps, GRAD_STATES.stages
+        launch(grad_states_kernel, grid, arguments, constants, warps, stages)
+
+    def _sum_heads(
+        self,
+        qkv: torch.Tensor,
+        head_queries: torch.Tensor,
+        head_keys: torch.Tensor,
+        grad_qkv: torch.Tensor,
+        tables: RowTables,
+    ) -> None:
+        """Compute the gradients of queries and keys from those of each value head."""
+        arguments = (
+            qkv, head_queries, head_keys, grad_qkv, tables.chunks, qkv.stride(0),
+            grad_qkv.stride(0), self.value_heads, self._group_size, self.key_width, self._scale,
+        )  # fmt: skip
+        grid = (len(tables.chunks), self.key_heads, 1)
+        constants = (CHUNK, self.key_columns)
+        warps, stages = SHARED_HEADS.warps, SHARED_HEADS.stages
+        launch(shared_heads_kernel, grid, arguments, constants, warps, stages)

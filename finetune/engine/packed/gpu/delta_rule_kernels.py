@@ -1,25 +1,30 @@
 """Triton kernels of the gated delta rule (Yang, Kautz and Hatamizadeh, 2025) over rows of a batch.
 
-Each head has a state S [key columns, value columns]. A token with query q, key k, value v, decay a
-and rate b changes it to a S + k (b (v - a Sᵀ k))ᵀ and reads Sᵀ q. Chunks of CHUNK tokens are
-computed at once in the form of the paper's section 3.3, after flash-linear-attention: with G the
-running sum of log a in a chunk, and E[i, j] = exp(G[i] - G[j]) for i ≥ j,
+Each head has a state S [value columns, key columns]. A token with query q, key k, value v, decay a
+and rate b changes it to a S + b (v - a S k) kᵀ and reads S q. Chunks of CHUNK tokens are computed
+at once in the form of the paper's section 3.3, after flash-linear-attention: with G the running
+sum of log a in a chunk, and E[i, j] = exp(G[i] - G[j]) for i ≥ j,
 
-    A = strictly lower part of b · (k kᵀ) E,  T = (I + A)⁻¹,
-    w = T (b exp(G) k),  u = T (b v),  n = u - w S,
-    outputs = (exp(G) q) S + (lower part of (q kᵀ) E) n,
-    next S = exp(G of the last token) S + (exp(G of the last token - G) k)ᵀ n.
+    A = strictly lower part of b · (k kᵀ) E,  T = (I + A)⁻¹ b,  scores = lower part of (q kᵀ) E,
+    r = v - exp(G) (k Sᵀ),  n = T r,
+    outputs = exp(G) (q Sᵀ) + scores n,
+    next S = exp(G of the last token) S + nᵀ (exp(G of the last token - G) k).
 
 Queries and keys get the length 1 first; queries are then scaled by 1 / √(key columns). Value
 heads share key heads. Only S goes from chunk to chunk: programs that need it go over the chunks of
 one row, all else is computed for every chunk at once. Tokens beyond a row's end have zeros
 everywhere and change nothing.
+
+The programs of a row keep S in registers, where a matrix product takes its left operand from, and
+compute r, n and the outputs transposed [value columns, tokens]: each product then leaves the next
+one's left operand where it is needed, without a way through shared memory.
 """
 
 import triton
 import triton.language as tl
 
 from finetune.engine.packed.gpu.element_access import load_float32, store_rounded
+from finetune.engine.packed.gpu.triangular_inverse import unit_lower_inverse
 
 
 @triton.jit
@@ -29,25 +34,25 @@ def _multiply(a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _load_columns(tensor, tokens, stride, first_column, mask, COLUMNS: tl.constexpr):
-    """Consecutive columns of some tokens, float32 [tokens, COLUMNS]."""
+def _cells(tokens, stride, first_column, COLUMNS: tl.constexpr):
+    """Offsets of consecutive columns of some tokens [tokens, COLUMNS]."""
     columns = first_column + tl.arange(0, COLUMNS)
-    offsets = tokens.to(tl.int64)[:, None] * stride + columns[None, :]
-    return load_float32(tensor, offsets, mask[:, None])
+    return tokens.to(tl.int64)[:, None] * stride + columns[None, :]
+
+
+@triton.jit
+def _load_columns(tensor, tokens, stride, first_column, mask, COLUMNS: tl.constexpr):
+    """Consecutive columns of some tokens [tokens, COLUMNS]; 0 where the mask is False."""
+    offsets = _cells(tokens, stride, first_column, COLUMNS)
+    return tl.load(tensor + offsets, mask=mask[:, None], other=0.0)
 
 
 @triton.jit
 def _store_columns(
     tensor, values, tokens, stride, first_column, mask, COLUMNS: tl.constexpr
 ):
-    columns = first_column + tl.arange(0, COLUMNS)
-    offsets = tokens.to(tl.int64)[:, None] * stride + columns[None, :]
-    store_rounded(
-        tensor,
-        offsets,
-        values,
-        mask[:, None],
-    )
+    offsets = _cells(tokens, stride, first_column, COLUMNS)
+    store_rounded(tensor, offsets, values, mask[:, None])
 
 
 @triton.jit
@@ -65,59 +70,73 @@ def _normalize_backward(grads, normalized, inverse):
 
 
 @triton.jit
-def _load_gates(log_decays, rates, tokens, heads, head, mask, CHUNK: tl.constexpr):
-    """Running sums of the log decays G, the last of them, E, and the rates."""
-    offsets = tokens * heads + head
-    decays = load_float32(log_decays, offsets, mask)
-    sums = tl.cumsum(decays, 0)
-    total = tl.sum(decays, 0)
-    row = tl.arange(0, CHUNK)
-    is_lower = row[:, None] >= row[None, :]
-    # Above the diagonal the power would overflow.
-    differences = tl.where(is_lower, sums[:, None] - sums[None, :], 0.0)
-    pairs = tl.where(is_lower, tl.exp(differences), 0.0)
-    return sums, total, pairs, load_float32(rates, offsets, mask)
+def _pairs(later, earlier):
+    """E from sums that are later, and earlier ones; ones where they are not: no power overflows."""
+    return tl.exp(tl.minimum(later - earlier, 0.0))
 
 
 @triton.jit
-def _lower_system(keys, pairs, rates, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
-    """A, and its factor (k kᵀ) E."""
-    row = tl.arange(0, CHUNK)
-    products = _multiply(keys, tl.trans(keys), DTYPE) * pairs
-    products = tl.where(row[:, None] > row[None, :], products, 0.0)
-    return products * rates[:, None], products
+def _store_unit_rows(
+    units, qkv, tokens, qkv_stride, first_column, unit_stride, unit_column, scale, mask,
+    COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Store and return some columns of tokens with the length `scale`, in the base's dtype."""
+    rows = _load_columns(qkv, tokens, qkv_stride, first_column, mask, COLUMNS)
+    normalized, _ = _normalize(rows.to(tl.float32))
+    rounded = (normalized * scale).to(DTYPE)
+    offsets = _cells(tokens, unit_stride, unit_column, COLUMNS)
+    tl.store(units + offsets, rounded, mask=mask[:, None])
+    return rounded
 
 
 @triton.jit
-def inverse_kernel(
-    qkv, log_decays, rates, inverses, chunks, qkv_stride, heads, group_size, key_start,
+def chunk_kernel(
+    qkv, log_decays, rates, queries, keys, sums, inverses, scores, chunks, qkv_stride, heads,
+    group_size, key_start, scale,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """T of every chunk and head [chunks, heads, CHUNK, CHUNK]."""
+    """What a chunk has without its state, for a key head and its value heads.
+
+    Queries and keys of their final length [tokens, key heads, KEYS]; G [tokens, heads]; T and the
+    scores [chunks, heads, CHUNK, CHUNK].
+    """
     chunk = tl.program_id(0)
-    head = tl.program_id(1)
+    key_head = tl.program_id(1)
     first = tl.load(chunks + 2 * chunk)
     stop = tl.load(chunks + 2 * chunk + 1)
-    tokens = first + tl.arange(0, CHUNK)
-    mask = tokens < stop
-    key_column = key_start + head // group_size * KEYS
-    keys = _load_columns(qkv, tokens, qkv_stride, key_column, mask, KEYS)
-    keys, _ = _normalize(keys)
-    _, _, pairs, chunk_rates = _load_gates(
-        log_decays, rates, tokens, heads, head, mask, CHUNK
-    )
-    system, _ = _lower_system(keys, pairs, chunk_rates, CHUNK, DTYPE)
+    # The empty chunks of a padded table.
+    if first >= stop:
+        return
     row = tl.arange(0, CHUNK)
-    # Forward substitution, row by row: a series of powers of A would lose all digits where keys
-    # resemble each other.
-    inverse = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
-    for number in range(1, CHUNK):
-        factors = tl.sum(tl.where(row[:, None] == number, system, 0.0), 0)
-        solved = tl.sum(factors[:, None] * inverse, 0)
-        inverse = tl.where(row[:, None] == number, inverse - solved[None, :], inverse)
-    place = (chunk.to(tl.int64) * heads + head) * CHUNK * CHUNK
-    offsets = row[:, None] * CHUNK + row[None, :]
-    tl.store(inverses + place + offsets, inverse)
+    tokens = first + row
+    mask = tokens < stop
+    column = key_head * KEYS
+    unit_stride = heads // group_size * KEYS
+    chunk_keys = _store_unit_rows(
+        keys, qkv, tokens, qkv_stride, key_start + column, unit_stride, column, 1.0, mask,
+        KEYS, DTYPE
+    )  # fmt: skip
+    chunk_queries = _store_unit_rows(
+        queries, qkv, tokens, qkv_stride, column, unit_stride, column, scale, mask, KEYS, DTYPE
+    )  # fmt: skip
+    key_products = _multiply(chunk_keys, tl.trans(chunk_keys), DTYPE)
+    query_products = _multiply(chunk_queries, tl.trans(chunk_keys), DTYPE)
+    is_lower = row[:, None] >= row[None, :]
+    is_strictly_lower = row[:, None] > row[None, :]
+    square = row[:, None] * CHUNK + row[None, :]
+    for number in range(0, group_size):
+        head = key_head * group_size + number
+        offsets = tokens * heads + head
+        chunk_sums = tl.cumsum(load_float32(log_decays, offsets, mask), 0)
+        chunk_rates = load_float32(rates, offsets, mask)
+        tl.store(sums + offsets, chunk_sums, mask=mask)
+        pairs = _pairs(chunk_sums[:, None], chunk_sums[None, :])
+        system = tl.where(is_strictly_lower, key_products * pairs, 0.0)
+        inverse = unit_lower_inverse(system * chunk_rates[:, None], CHUNK)
+        cells = (chunk.to(tl.int64) * heads + head) * CHUNK * CHUNK + square
+        store_rounded(inverses, cells, inverse * chunk_rates[None, :], True)
+        chunk_scores = tl.where(is_lower, query_products * pairs, 0.0)
+        store_rounded(scores, cells, chunk_scores, True)
 
 
 @triton.jit
@@ -128,9 +147,28 @@ def _row_of(rows):
 
 
 @triton.jit
+def _load_sums(sums, first, stop, heads, head, CHUNK: tl.constexpr):
+    """G of a chunk, and its last; beyond the row's end it is the last too."""
+    tokens = first + tl.arange(0, CHUNK)
+    total = tl.load(sums + (tl.minimum(first + CHUNK, stop) - 1) * heads + head)
+    chunk_sums = load_float32(sums, tokens * heads + head, tokens < stop)
+    return tl.where(tokens < stop, chunk_sums, total), total
+
+
+@triton.jit
+def _state_cells(
+    place, first_column, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Offsets of BLOCK rows of a state [BLOCK, KEYS]."""
+    columns = first_column + tl.arange(0, BLOCK)
+    keys = tl.arange(0, KEYS)
+    return place * KEYS * VALUES + columns[:, None] * KEYS + keys[None, :]
+
+
+@triton.jit
 def delta_rule_kernel(
-    qkv, log_decays, rates, inverses, output, states, corrections, rows, qkv_stride, heads,
-    group_size, key_start, value_start, scale,
+    qkv, queries, keys, sums, inverses, scores, output, states, corrections, rows, qkv_stride,
+    heads, group_size, value_start,
     STORE_STATES: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -140,133 +178,127 @@ def delta_rule_kernel(
     """
     start, stop, chunk = _row_of(rows)
     head = tl.program_id(1)
-    first_value = head * VALUES + tl.program_id(2) * BLOCK
-    query_column = head // group_size * KEYS
+    first_value = tl.program_id(2) * BLOCK
+    value_column = head * VALUES + first_value
+    key_column = head // group_size * KEYS
+    key_stride = heads // group_size * KEYS
     row = tl.arange(0, CHUNK)
     square = row[:, None] * CHUNK + row[None, :]
-    state = tl.zeros((KEYS, BLOCK), tl.float32)
-    for first in range(start, stop, CHUNK):
+    state = tl.zeros((BLOCK, KEYS), tl.float32)
+    for number in range(0, tl.cdiv(stop - start, CHUNK)):
+        first = start + number * CHUNK
         tokens = first + row
         mask = tokens < stop
-        keys = _load_columns(
-            qkv, tokens, qkv_stride, key_start + query_column, mask, KEYS
-        )
-        keys, _ = _normalize(keys)
+        place = (chunk + number) * heads + head
+        chunk_keys = _load_columns(keys, tokens, key_stride, key_column, mask, KEYS)
         values = _load_columns(
-            qkv, tokens, qkv_stride, value_start + first_value, mask, BLOCK
+            qkv, tokens, qkv_stride, value_start + value_column, mask, BLOCK
         )
-        sums, total, pairs, chunk_rates = _load_gates(
-            log_decays, rates, tokens, heads, head, mask, CHUNK
-        )
-        place = chunk * heads + head
         inverse = tl.load(inverses + place * CHUNK * CHUNK + square)
-        weights = _multiply(
-            inverse, keys * (chunk_rates * tl.exp(sums))[:, None], DTYPE
-        )
-        updates = _multiply(inverse, values * chunk_rates[:, None], DTYPE)
-        correction = updates - _multiply(weights, state, DTYPE)
+        chunk_sums, total = _load_sums(sums, first, stop, heads, head, CHUNK)
+        growth = tl.exp(chunk_sums)[None, :]
+        rounded_state = state.to(DTYPE)
+        predicted = _multiply(rounded_state, tl.trans(chunk_keys), DTYPE) * growth
+        errors = tl.trans(values).to(tl.float32) - predicted
+        correction = _multiply(errors, tl.trans(inverse), DTYPE)
         if STORE_STATES:
-            _store_state(states, state, place, KEYS, VALUES, BLOCK)
+            cells = _state_cells(place, first_value, KEYS, VALUES, BLOCK)
+            tl.store(states + cells, rounded_state)
             _store_columns(
-                corrections, correction, tokens, heads * VALUES, first_value, mask, BLOCK
+                corrections, tl.trans(correction), tokens, heads * VALUES, value_column, mask,
+                BLOCK
             )  # fmt: skip
         else:
-            queries = _load_columns(qkv, tokens, qkv_stride, query_column, mask, KEYS)
-            queries, _ = _normalize(queries)
-            queries *= scale
-            scores = _multiply(queries, tl.trans(keys), DTYPE) * pairs
-            result = _multiply(queries * tl.exp(sums)[:, None], state, DTYPE)
-            result += _multiply(scores, correction, DTYPE)
-            _store_columns(
-                output, result, tokens, heads * VALUES, first_value, mask, BLOCK
+            chunk_queries = _load_columns(
+                queries, tokens, key_stride, key_column, mask, KEYS
             )
-        decayed = keys * tl.exp(total - sums)[:, None]
-        state = tl.exp(total) * state + _multiply(tl.trans(decayed), correction, DTYPE)
-        chunk += 1
-
-
-@triton.jit
-def _state_cells(
-    first_column, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Offsets of BLOCK columns of a state [KEYS, BLOCK]."""
-    columns = first_column + tl.arange(0, BLOCK)
-    return tl.arange(0, KEYS)[:, None] * VALUES + columns[None, :]
-
-
-@triton.jit
-def _store_state(
-    states, state, place, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Store this program's columns of a state."""
-    cells = _state_cells(tl.program_id(2) * BLOCK, KEYS, VALUES, BLOCK)
-    store_rounded(
-        states + place * KEYS * VALUES,
-        cells,
-        state,
-        True,
-    )
+            chunk_scores = tl.load(scores + place * CHUNK * CHUNK + square)
+            result = _multiply(rounded_state, tl.trans(chunk_queries), DTYPE) * growth
+            result += _multiply(correction, tl.trans(chunk_scores), DTYPE)
+            _store_columns(
+                output,
+                tl.trans(result),
+                tokens,
+                heads * VALUES,
+                value_column,
+                mask,
+                BLOCK,
+            )
+        remaining = tl.exp(total - chunk_sums)[None, :]
+        state = tl.exp(total) * state
+        state += _multiply(correction * remaining, chunk_keys, DTYPE)
 
 
 @triton.jit
 def grad_states_kernel(
-    qkv, log_decays, rates, inverses, grad_output, grad_states, grad_corrections, rows,
-    qkv_stride, heads, group_size, key_start, scale,
+    queries, keys, sums, inverses, scores, grad_output, grad_states, grad_value, rows,
+    grad_value_stride, heads, group_size,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of S after each chunk, and of n; from the last chunk of a row to its first."""
+    """Gradients of S after each chunk, and of r, which are those of the values.
+
+    From the last chunk of a row to its first.
+    """
     start, stop, chunk = _row_of(rows)
     head = tl.program_id(1)
-    first_value = head * VALUES + tl.program_id(2) * BLOCK
-    query_column = head // group_size * KEYS
+    first_value = tl.program_id(2) * BLOCK
+    value_column = head * VALUES + first_value
+    key_column = head // group_size * KEYS
+    key_stride = heads // group_size * KEYS
     row = tl.arange(0, CHUNK)
     square = row[:, None] * CHUNK + row[None, :]
     chunk_count = tl.cdiv(stop - start, CHUNK)
-    grad_state = tl.zeros((KEYS, BLOCK), tl.float32)
+    grad_state = tl.zeros((BLOCK, KEYS), tl.float32)
     for back in range(0, chunk_count):
         number = chunk_count - 1 - back
-        tokens = start + number * CHUNK + row
+        first = start + number * CHUNK
+        tokens = first + row
         mask = tokens < stop
         place = (chunk + number) * heads + head
-        keys = _load_columns(
-            qkv, tokens, qkv_stride, key_start + query_column, mask, KEYS
-        )
-        keys, _ = _normalize(keys)
-        queries = _load_columns(qkv, tokens, qkv_stride, query_column, mask, KEYS)
-        queries, _ = _normalize(queries)
-        queries *= scale
-        sums, total, pairs, chunk_rates = _load_gates(
-            log_decays, rates, tokens, heads, head, mask, CHUNK
-        )
-        growth = tl.exp(sums)
         grads = _load_columns(
-            grad_output, tokens, heads * VALUES, first_value, mask, BLOCK
+            grad_output, tokens, heads * VALUES, value_column, mask, BLOCK
         )
-        _store_state(grad_states, grad_state, place, KEYS, VALUES, BLOCK)
-        scores = _multiply(queries, tl.trans(keys), DTYPE) * pairs
-        decayed = keys * tl.exp(total - sums)[:, None]
-        grad_correction = _multiply(tl.trans(scores), grads, DTYPE)
-        grad_correction += _multiply(decayed, grad_state, DTYPE)
-        _store_columns(
-            grad_corrections, grad_correction, tokens, heads * VALUES, first_value, mask, BLOCK
-        )  # fmt: skip
+        chunk_scores = tl.load(scores + place * CHUNK * CHUNK + square)
+        chunk_keys = _load_columns(keys, tokens, key_stride, key_column, mask, KEYS)
         inverse = tl.load(inverses + place * CHUNK * CHUNK + square)
-        weights = _multiply(inverse, keys * (chunk_rates * growth)[:, None], DTYPE)
+        chunk_queries = _load_columns(
+            queries, tokens, key_stride, key_column, mask, KEYS
+        )
+        chunk_sums, total = _load_sums(sums, first, stop, heads, head, CHUNK)
+        growth = tl.exp(chunk_sums)[None, :]
+        remaining = tl.exp(total - chunk_sums)[None, :]
+        rounded_state = grad_state.to(DTYPE)
+        cells = _state_cells(place, first_value, KEYS, VALUES, BLOCK)
+        tl.store(grad_states + cells, rounded_state)
+        grad_correction = (
+            _multiply(rounded_state, tl.trans(chunk_keys), DTYPE) * remaining
+        )
+        grad_correction += _multiply(tl.trans(grads), chunk_scores, DTYPE)
+        grad_errors = _multiply(grad_correction, inverse, DTYPE)
+        _store_columns(
+            grad_value, tl.trans(grad_errors), tokens, grad_value_stride, value_column, mask,
+            BLOCK
+        )  # fmt: skip
         grad_state = tl.exp(total) * grad_state
-        grad_state += _multiply(tl.trans(queries * growth[:, None]), grads, DTYPE)
-        grad_state -= _multiply(tl.trans(weights), grad_correction, DTYPE)
+        grown = tl.trans(grads).to(tl.float32) * growth
+        grad_state += _multiply(grown, chunk_queries, DTYPE)
+        grad_state -= _multiply(grad_errors * growth, chunk_keys, DTYPE)
 
 
 @triton.jit
 def delta_rule_backward_kernel(
-    qkv, log_decays, rates, inverses, states, corrections, grad_output, grad_states,
-    grad_corrections, grad_query, grad_key, grad_value, grad_log_decays, grad_rates, chunks,
-    qkv_stride, grad_value_stride, heads, group_size, key_start, value_start, scale,
+    queries, keys, sums, rates, states, corrections, grad_output, grad_states, grad_value,
+    head_queries, head_keys, grad_log_decays, grad_rates, chunks, grad_value_stride, heads,
+    group_size,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries and keys for each value head, of values, log decays and rates."""
+    """Gradients of queries and keys for each value head, and of log decays and rates.
+
+    A key has two roles: k Sᵀ and the rows of A read with it, nᵀ k and the columns of A and of the
+    scores write with it. G grows with the first and shrinks with the second.
+    """
     chunk = tl.program_id(0)
     head = tl.program_id(1)
     first = tl.load(chunks + 2 * chunk)
@@ -275,106 +307,147 @@ def delta_rule_backward_kernel(
     if first >= stop:
         return
     place = chunk.to(tl.int64) * heads + head
-    query_column = head // group_size * KEYS
+    key_column = head // group_size * KEYS
+    key_stride = heads // group_size * KEYS
+    stride = heads * VALUES
     row = tl.arange(0, CHUNK)
-    is_lower = row[:, None] >= row[None, :]
-    is_strictly_lower = row[:, None] > row[None, :]
     tokens = first + row
     mask = tokens < stop
-    sums, total, pairs, chunk_rates = _load_gates(
-        log_decays, rates, tokens, heads, head, mask, CHUNK
-    )
-    growth = tl.exp(sums)
-    square = row[:, None] * CHUNK + row[None, :]
-    inverse = tl.load(inverses + place * CHUNK * CHUNK + square)
-    transposed = tl.trans(inverse)
-    # What is summed over the columns of the values.
-    grad_decayed = tl.zeros((CHUNK, KEYS), tl.float32)
-    grad_grown = tl.zeros((CHUNK, KEYS), tl.float32)
-    grad_weights = tl.zeros((CHUNK, KEYS), tl.float32)
+    # n = T r with T = (I + A)⁻¹ b: A's gradient is the negative product of that of r and n, and
+    # that of a rate the sum of their elements, without b. Both products are computed transposed
+    # too: transposing them in registers gave wrong results on Hopper before Triton 3.7.1
+    # (flash-linear-attention#640).
     grad_scores = tl.zeros((CHUNK, CHUNK), tl.float32)
-    grad_inverse = tl.zeros((CHUNK, CHUNK), tl.float32)
+    grad_system = tl.zeros((CHUNK, CHUNK), tl.float32)
+    transposed_scores = tl.zeros((CHUNK, CHUNK), tl.float32)
+    transposed_system = tl.zeros((CHUNK, CHUNK), tl.float32)
     grad_rate = tl.zeros((CHUNK,), tl.float32)
+    for block in tl.static_range(VALUES // BLOCK):
+        column = head * VALUES + block * BLOCK
+        correction = _load_columns(corrections, tokens, stride, column, mask, BLOCK)
+        grads = _load_columns(grad_output, tokens, stride, column, mask, BLOCK)
+        grad_errors = _load_columns(
+            grad_value, tokens, grad_value_stride, column, mask, BLOCK
+        )
+        grad_scores += _multiply(grads, tl.trans(correction), DTYPE)
+        grad_system -= _multiply(grad_errors, tl.trans(correction), DTYPE)
+        transposed_scores += _multiply(correction, tl.trans(grads), DTYPE)
+        transposed_system -= _multiply(correction, tl.trans(grad_errors), DTYPE)
+        grad_rate += tl.sum(grad_errors.to(tl.float32) * correction.to(tl.float32), 1)
+    offsets = tokens * heads + head
+    chunk_rates = load_float32(rates, offsets, mask)
+    # n and the gradient of r are products with b. A rate of 0 is a sigmoid without a slope.
+    divisors = tl.where(chunk_rates > 0.0, chunk_rates, 1.0)
+    tl.store(grad_rates + offsets, grad_rate / divisors / divisors, mask=mask)
+    chunk_sums, total = _load_sums(sums, first, stop, heads, head, CHUNK)
+    pairs = _pairs(chunk_sums[:, None], chunk_sums[None, :])
+    transposed_pairs = _pairs(chunk_sums[None, :], chunk_sums[:, None])
+    grad_scores = tl.where(row[:, None] >= row[None, :], grad_scores * pairs, 0.0)
+    grad_system = tl.where(row[:, None] > row[None, :], grad_system * pairs, 0.0)
+    transposed_scores = tl.where(
+        row[:, None] <= row[None, :], transposed_scores * transposed_pairs, 0.0
+    )
+    transposed_system = tl.where(
+        row[:, None] < row[None, :], transposed_system * transposed_pairs, 0.0
+    )
+    grad_scores, grad_system = grad_scores.to(DTYPE), grad_system.to(DTYPE)
+    transposed_scores = transposed_scores.to(DTYPE)
+    transposed_system = transposed_system.to(DTYPE)
+    growth = tl.exp(chunk_sums)[:, None]
+    chunk_keys = _load_columns(keys, tokens, key_stride, key_column, mask, KEYS)
+
+    grad_queries = tl.zeros((CHUNK, KEYS), tl.float32)
+    for block in tl.static_range(VALUES // BLOCK):
+        column = head * VALUES + block * BLOCK
+        grads = _load_columns(grad_output, tokens, stride, column, mask, BLOCK)
+        cells = _state_cells(place, block * BLOCK, KEYS, VALUES, BLOCK)
+        grad_queries += _multiply(grads, tl.load(states + cells), DTYPE)
+    grad_queries = grad_queries * growth + _multiply(grad_scores, chunk_keys, DTYPE)
+    chunk_queries = _load_columns(queries, tokens, key_stride, key_column, mask, KEYS)
+    grad_sums = tl.sum(grad_queries * chunk_queries.to(tl.float32), 1)
+    _store_columns(
+        head_queries, grad_queries, tokens, heads * KEYS, head * KEYS, mask, KEYS
+    )
+
+    grad_keys = tl.zeros((CHUNK, KEYS), tl.float32)
+    for block in tl.static_range(VALUES // BLOCK):
+        column = head * VALUES + block * BLOCK
+        grad_errors = _load_columns(
+            grad_value, tokens, grad_value_stride, column, mask, BLOCK
+        )
+        cells = _state_cells(place, block * BLOCK, KEYS, VALUES, BLOCK)
+        grad_keys -= _multiply(grad_errors, tl.load(states + cells), DTYPE)
+    grad_keys = grad_keys * growth + _multiply(grad_system, chunk_keys, DTYPE)
+    grad_sums += tl.sum(grad_keys * chunk_keys.to(tl.float32), 1)
+
+    grad_written = tl.zeros((CHUNK, KEYS), tl.float32)
     grad_total = 0.0
     for block in tl.static_range(VALUES // BLOCK):
-        first_value = head * VALUES + block * BLOCK
-        cells = place * KEYS * VALUES + _state_cells(block * BLOCK, KEYS, VALUES, BLOCK)
-        state = tl.load(states + cells)
+        column = head * VALUES + block * BLOCK
+        correction = _load_columns(corrections, tokens, stride, column, mask, BLOCK)
+        cells = _state_cells(place, block * BLOCK, KEYS, VALUES, BLOCK)
         grad_state = tl.load(grad_states + cells)
-        correction = _load_columns(
-            corrections, tokens, heads * VALUES, first_value, mask, BLOCK
-        )
-        grad_correction = _load_columns(
-            grad_corrections, tokens, heads * VALUES, first_value, mask, BLOCK
-        )
-        grads = _load_columns(
-            grad_output, tokens, heads * VALUES, first_value, mask, BLOCK
-        )
-        values = _load_columns(
-            qkv, tokens, qkv_stride, value_start + first_value, mask, BLOCK
-        )
-        products = state.to(tl.float32) * grad_state.to(tl.float32)
+        grad_written += _multiply(correction, grad_state, DTYPE)
+        products = tl.load(states + cells).to(tl.float32) * grad_state.to(tl.float32)
         grad_total += tl.sum(tl.sum(products, 1), 0)
-        grad_decayed += _multiply(correction, tl.trans(grad_state), DTYPE)
-        grad_grown += _multiply(grads, tl.trans(state), DTYPE)
-        grad_weights -= _multiply(grad_correction, tl.trans(state), DTYPE)
-        grad_scores += _multiply(grads, tl.trans(correction), DTYPE)
-        rated = values * chunk_rates[:, None]
-        grad_inverse += _multiply(grad_correction, tl.trans(rated), DTYPE)
-        grad_rated = _multiply(transposed, grad_correction, DTYPE)
-        grad_rate += tl.sum(grad_rated * values, 1)
-        _store_columns(
-            grad_value, grad_rated * chunk_rates[:, None], tokens, grad_value_stride,
-            first_value, mask, BLOCK
-        )  # fmt: skip
+    grad_written *= tl.exp(total - chunk_sums)[:, None]
     grad_total *= tl.exp(total)
-    keys = _load_columns(qkv, tokens, qkv_stride, key_start + query_column, mask, KEYS)
-    keys, inverse_key = _normalize(keys)
-    # n = u - w S, and T = (I + A)⁻¹.
-    factors = (chunk_rates * growth)[:, None]
-    grad_inverse += _multiply(grad_weights, tl.trans(keys * factors), DTYPE)
-    grad_rated = _multiply(transposed, grad_weights, DTYPE)
-    along_keys = tl.sum(grad_rated * keys, 1) * growth
-    grad_rate += along_keys
-    grad_sums = along_keys * chunk_rates
-    grad_keys = grad_rated * factors
-    grad_system = -_multiply(
-        transposed, _multiply(grad_inverse, transposed, DTYPE), DTYPE
+    # The last G is in each of these factors.
+    grad_total += tl.sum(tl.sum(grad_written * chunk_keys.to(tl.float32), 1), 0)
+    grad_written += _multiply(transposed_scores, chunk_queries, DTYPE)
+    grad_written += _multiply(transposed_system, chunk_keys, DTYPE)
+    grad_sums -= tl.sum(grad_written * chunk_keys.to(tl.float32), 1)
+    _store_columns(
+        head_keys,
+        grad_keys + grad_written,
+        tokens,
+        heads * KEYS,
+        head * KEYS,
+        mask,
+        KEYS,
     )
-    grad_system = tl.where(is_strictly_lower, grad_system, 0.0)
-    system, products = _lower_system(keys, pairs, chunk_rates, CHUNK, DTYPE)
-    grad_rate += tl.sum(grad_system * products, 1)
-    grad_pairs = grad_system * system
-    grad_products = grad_system * chunk_rates[:, None] * pairs
-    grad_keys += _multiply(grad_products + tl.trans(grad_products), keys, DTYPE)
-    # The decayed keys.
-    remaining = tl.exp(total - sums)
-    grad_keys += grad_decayed * remaining[:, None]
-    grad_remaining = tl.sum(grad_decayed * keys, 1) * remaining
-    grad_sums -= grad_remaining
-    grad_total += tl.sum(grad_remaining, 0)
-    # The outputs.
-    queries = _load_columns(qkv, tokens, qkv_stride, query_column, mask, KEYS)
-    queries, inverse_query = _normalize(queries)
-    scores = _multiply(queries * scale, tl.trans(keys), DTYPE) * pairs
-    grad_scores = tl.where(is_lower, grad_scores, 0.0)
-    grad_pairs += grad_scores * scores
-    grad_products = grad_scores * pairs
-    grad_queries = grad_grown * growth[:, None]
-    grad_queries += _multiply(grad_products, keys, DTYPE)
-    grad_sums += tl.sum(grad_grown * queries, 1) * growth * scale
-    grad_keys += _multiply(tl.trans(grad_products), queries * scale, DTYPE)
-    _store_columns(
-        grad_query, _normalize_backward(grad_queries * scale, queries, inverse_query), tokens,
-        heads * KEYS, head * KEYS, mask, KEYS
-    )  # fmt: skip
-    _store_columns(
-        grad_key, _normalize_backward(grad_keys, keys, inverse_key), tokens, heads * KEYS,
-        head * KEYS, mask, KEYS
-    )  # fmt: skip
-    # G: exp(G[i] - G[j]) in `pairs`; and each log decay is in all later sums.
-    grad_sums += tl.sum(grad_pairs, 1) - tl.sum(grad_pairs, 0)
+    # Each log decay is in all later sums.
     later = tl.sum(grad_sums, 0) - tl.cumsum(grad_sums, 0) + grad_sums
-    offsets = tokens * heads + head
     tl.store(grad_log_decays + offsets, later + grad_total, mask=mask)
-    tl.store(grad_rates + offsets, grad_rate, mask=mask)
+
+
+@triton.jit
+def shared_heads_kernel(
+    qkv, head_queries, head_keys, grad_qkv, chunks, qkv_stride, gradient_stride, heads, group_size,
+    key_start, scale,
+    CHUNK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries and keys before they got their length, summed over their value heads."""
+    first = tl.load(chunks + 2 * tl.program_id(0))
+    stop = tl.load(chunks + 2 * tl.program_id(0) + 1)
+    tokens = first + tl.arange(0, CHUNK)
+    mask = tokens < stop
+    _sum_heads(
+        qkv, head_queries, grad_qkv, tokens, qkv_stride, gradient_stride, 0, heads, group_size,
+        scale, mask, KEYS
+    )  # fmt: skip
+    _sum_heads(
+        qkv, head_keys, grad_qkv, tokens, qkv_stride, gradient_stride, key_start, heads,
+        group_size, 1.0, mask, KEYS
+    )  # fmt: skip
+
+
+@triton.jit
+def _sum_heads(
+    qkv, head_gradients, gradient, tokens, qkv_stride, gradient_stride, start, heads, group_size,
+    scale, mask, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Of this program's key head, whose columns are behind `start`."""
+    key_head = tl.program_id(1)
+    column = start + key_head * KEYS
+    rows = _load_columns(qkv, tokens, qkv_stride, column, mask, KEYS)
+    normalized, inverse = _normalize(rows.to(tl.float32))
+    total = tl.zeros_like(normalized)
+    for number in range(0, group_size):
+        head_column = (key_head * group_size + number) * KEYS
+        head_gradient = _load_columns(
+            head_gradients, tokens, heads * KEYS, head_column, mask, KEYS
+        )
+        total += head_gradient.to(tl.float32)
+    grads = _normalize_backward(total * scale, normalized, inverse)
+    _store_columns(gradient, grads, tokens, gradient_stride, column, mask, KEYS)

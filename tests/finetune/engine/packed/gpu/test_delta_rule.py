@@ -13,21 +13,22 @@ LENGTHS = (2, 38, 71)
 """Of rows: shorter than a chunk, longer, and longer than two; the last token is not computed."""
 
 
-def packed_rows() -> "PackedBatch":
+def packed_rows(lengths: tuple[int, ...] = LENGTHS) -> "PackedBatch":
     import torch
 
     from finetune.engine.packed.batch import pack_rows
 
     rows = [
         {"input_ids": list(range(length)), "labels": [-100] * (length - 1) + [3]}
-        for length in LENGTHS
+        for length in lengths
     ]
     return pack_rows([rows], torch.device("cpu"), [1])
 
 
 @pytest.mark.filterwarnings("ignore:.*chunk_gated_delta_rule.*")
 @pytest.mark.parametrize("alike", [False, True])
-def test_delta_rule_is_transformers(alike: bool) -> None:
+@pytest.mark.parametrize("lengths", [LENGTHS, (200,)])
+def test_delta_rule_is_transformers(alike: bool, lengths: tuple[int, ...]) -> None:
     """Where keys are alike too, and the system that is solved has large powers."""
     import torch
     from transformers.models.qwen3_5.modeling_qwen3_5 import (
@@ -37,7 +38,7 @@ def test_delta_rule_is_transformers(alike: bool) -> None:
     from finetune.engine.packed.gpu.delta_rule import DeltaRule, RowTables
 
     torch.manual_seed(0)
-    batch = packed_rows()
+    batch = packed_rows(lengths)
     tokens = batch.input_ids.shape[1]
     rule = DeltaRule(key_heads=2, value_heads=4, key_columns=16, value_columns=32)
     qkv = torch.randn(tokens, sum(rule.widths))
@@ -74,6 +75,33 @@ def test_delta_rule_is_transformers(alike: bool) -> None:
     assert distance(computed, expected) < 1e-5
     for gradient, its_expected in zip(gradients, expected_gradients, strict=True):
         assert distance(gradient, its_expected) < 1e-4
+
+
+def test_a_rate_of_zero_changes_no_state() -> None:
+    """And its gradients are finite: n is divided by it."""
+    import torch
+
+    from finetune.engine.packed.gpu.delta_rule import DeltaRule, RowTables
+
+    torch.manual_seed(0)
+    batch = packed_rows((71,))
+    tokens = batch.input_ids.shape[1]
+    rule = DeltaRule(key_heads=1, value_heads=2, key_columns=16, value_columns=16)
+    qkv = torch.randn(tokens, sum(rule.widths))
+    log_decays, rates = torch.zeros(tokens, 2), torch.rand(tokens, 2)
+    rates[20] = 0
+    tables = RowTables(batch.spans, torch.device("cpu"))
+    before = rule.forward(qkv, log_decays, rates, tables)
+    gradients = rule.backward(
+        torch.randn(tokens, 2, 16), qkv, log_decays, rates, tables
+    )
+    for gradient in gradients:
+        assert torch.isfinite(gradient).all()
+    assert not gradients[2][20].any()
+    _, key, value = qkv.split(rule.widths, 1)
+    key[20], value[20] = 5.0, 7.0
+
+    assert torch.equal(rule.forward(qkv, log_decays, rates, tables), before)
 
 
 def test_a_row_never_reaches_its_neighbours() -> None:
