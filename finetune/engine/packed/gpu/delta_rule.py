@@ -22,8 +22,9 @@ from finetune.engine.packed.gpu.launch import launch
 from finetune.engine.packed.gpu.pass_size import PassSize, padded_rows
 from finetune.model.device import to_device
 
-CHUNK = 64
-"""Tokens that are computed at once: 32 or 64."""
+CHUNK = 32
+"""Tokens that are computed at once: 32 or 64. With 64 the states take half the memory and the
+kernels, on an H200, 3 % more time."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Tiling:
     """Of software pipelining."""
 
 
-# Tilings of the kernels, in the order of their launches.
-CHUNKS = Tiling(block=0, warps=4, stages=1)
+# Tilings of the kernels, in the order of their launches: the fastest on an H200.
+CHUNKS = Tiling(block=0, warps=2, stages=1)
 OUTPUTS = Tiling(block=64, warps=4, stages=2)
 STATES = Tiling(block=64, warps=4, stages=2)
-GRAD_STATES = Tiling(block=64, warps=4, stages=1)
+GRAD_STATES = Tiling(block=64, warps=4, stages=2)
 BACKWARD = Tiling(block=128, warps=4, stages=1)
-SHARED_HEADS = Tiling(block=0, warps=8, stages=1)
+SHARED_HEADS = Tiling(block=0, warps=4, stages=1)
 
 DTYPES = {
     torch.bfloat16: tl.bfloat16,
