@@ -233,7 +233,7 @@ class Case:
             f"trainer.gpus={self.gpus}",
         )
         steps = (
-            f"trainer.max_steps={self.warm + self.steps + PROFILED}",
+            f"trainer.max_steps={self.warm + self.steps + PROFILED + 1}",
             "trainer.save_steps=0",
             "optimizer.learning_rate=1e-3",
         )
@@ -388,7 +388,9 @@ class Counter:
     def __init__(self) -> None:
         from finetune.engine.checkpoint import Progress
 
-        self.progress, self.tokens = Progress(), 0
+        self.progress = Progress()
+        self.tokens: list[int] = []
+        """Of each step that was reported."""
 
     def live(self) -> Any:
         """Nothing is shown."""
@@ -400,14 +402,14 @@ class Counter:
 
     def report_step(self, *, tokens: int, **_: object) -> Iterator[Any]:
         """A step was taken."""
-        self.tokens += tokens
+        self.tokens.append(tokens)
         self.progress.step += 1
         yield from ()
 
 
-def trained_tokens(counters: list[Counter]) -> int:
-    """Of all slots."""
-    return sum(counter.tokens for counter in counters)
+def trained_tokens(counters: list[Counter], first: int, steps: int) -> int:
+    """Tokens of some steps of all slots, from a number on."""
+    return sum(sum(counter.tokens[first : first + steps]) for counter in counters)
 
 
 def stored_tokens(rows: list[dict[str, list[int]]]) -> Any:
@@ -440,7 +442,7 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
             config,
             bank.create_slot(config.lora, seed),
             data,
-            case.steps + case.warm + PROFILED + 1,
+            case.steps + case.warm + PROFILED + 2,
         )
         works.append(training.train(counter, None, None))  # type: ignore[arg-type]
     requests: list[Any] = [next(work) for work in works]
@@ -459,12 +461,14 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
     for _ in range(case.warm):
         step()
     synchronize()
-    began, before = time.perf_counter(), trained_tokens(counters)
+    began = time.perf_counter()
     for _ in range(case.steps):
         step()
     synchronize()
     seconds = time.perf_counter() - began
-    tokens = trained_tokens(counters) - before
+    # A step is reported when the next one has been queued.
+    step()
+    tokens = trained_tokens(counters, case.warm, case.steps)
     if case.busy and GPU:
         busy, launches = profile_steps(step)
         wall = 1000 * seconds / case.steps
