@@ -236,6 +236,24 @@ def caching_layers(cache: Any) -> list[Any]:
     return [layer for layer in cache.layers if not isinstance(layer, dummy)]
 
 
+def end_failed_recording(gpu: int, pool: tuple[int, int]) -> None:
+    """Let PyTorch's allocator go on as usual after a recording that failed.
+
+    Reason: `capture_end` raises before it tells the allocator, which then never gives cached memory
+    back when memory is short. PyTorch 2.13, `CUDAGraph::capture_end`. Upstream: none.
+
+    Args:
+        gpu: Its number.
+        pool: That of the recording.
+    """
+    from torch.cuda import memory
+
+    # The recording may have ended for the allocator too.
+    with contextlib.suppress(RuntimeError):
+        memory._cuda_endAllocateToPool(gpu, pool)  # type: ignore[attr-defined]
+        memory._cuda_releasePool(gpu, pool)  # type: ignore[attr-defined]
+
+
 def compile_and_launch(
     kernel: Any,
     grid: tuple[int, int, int],

@@ -12,7 +12,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finetune.compat import caching_layers
 from finetune.engine.probes import base_of
-from finetune.engine.recorded_steps import can_record
 from finetune.engine.step_cache import StepCache
 from finetune.model.architectures import text_config_of
 
@@ -21,6 +20,10 @@ if TYPE_CHECKING:
 
 ATTENTION_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 """Layers that cache keys and values alone."""
+
+WINDOWS_OF_A_STEP = 2
+"""A recorded step holds and reads all tokens in layers with a sliding window too: at most so many
+times the window."""
 
 
 class _AllocatedLayer(DynamicLayer):  # type: ignore[misc]
@@ -74,15 +77,19 @@ class _AllocatedLayer(DynamicLayer):  # type: ignore[misc]
         self.values = self._value_memory[:, :, :length]
 
 
-def allocate_cache(model: "PreTrainedModel", tokens: int) -> DynamicCache | None:
+def allocate_cache(
+    model: "PreTrainedModel", tokens: int, *, records: bool = False
+) -> DynamicCache | None:
     """Return an empty cache for a batch.
 
     Args:
         model: A base, or a base with an adapter.
         tokens: Tokens of the longest prompt and answer together.
+        records: Whether its steps are recorded.
 
     Returns:
-        The cache; None for a base that may cache anything else than keys and values.
+        The cache, a `StepCache` where steps are recorded and no window is much shorter than the
+        rows; None for a base that may cache anything else than keys and values.
     """
     base = base_of(model)
     # Remote code may use a cache in other ways.
@@ -91,13 +98,16 @@ def allocate_cache(model: "PreTrainedModel", tokens: int) -> DynamicCache | None
     # Other classes have a cache of their own, or take none.
     if not getattr(base, "_supports_attention_backend", False):
         return None
-    cache = DynamicCache(config=text_config_of(base.config))
-    if any(type(layer) not in ATTENTION_LAYERS for layer in caching_layers(cache)):
+    config = text_config_of(base.config)
+    cache = DynamicCache(config=config)
+    layers = caching_layers(cache)
+    if any(type(layer) not in ATTENTION_LAYERS for layer in layers):
         return None
-    if can_record(base):
+    windows = [layer.sliding_window for layer in layers if layer.is_sliding]
+    if records and tokens <= WINDOWS_OF_A_STEP * min(windows, default=tokens):
         # With room for one more, so that the mask always hides something, and is always there.
         device = next(base.parameters()).device
-        return StepCache(text_config_of(base.config), tokens + 1, device)
+        return StepCache(config, tokens + 1, device)
     for number, layer in enumerate(cache.layers):
         # Layers with a sliding window hold the window only.
         if type(layer) is DynamicLayer:

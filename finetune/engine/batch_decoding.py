@@ -21,7 +21,6 @@ from finetune.engine.probes import (
 )
 from finetune.engine.recorded_steps import recorded_steps
 from finetune.engine.sampling import RowSampler
-from finetune.engine.step_cache import StepCache
 from finetune.model.device import without_cudnn_attention
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def decode_batch(
     ends: list[int],
     padding: int,
     use_cache: bool,
+    records: bool = False,
     sampler: RowSampler | None,
     stops: Sequence[StopTexts | None] = (),
     show_tokens: ShowTokens | None = None,
@@ -63,6 +63,7 @@ def decode_batch(
         ends: Ids that end an answer; empty: nothing does.
         padding: Id of the padding token.
         use_cache: Whether the keys and values of earlier tokens are cached.
+        records: Whether the passes that compute one token of each row are recorded.
         sampler: Draws the tokens; None: each is the most likely one.
         stops: Texts that end each prompt's answer, if any; empty: there are none.
         show_tokens: Receives the tokens of the only prompt's answer as they are generated.
@@ -73,7 +74,8 @@ def decode_batch(
     device = next(model.parameters()).device
     ids, mask = pad_left(prompt_ids, padding, device)
     remaining = max(limits)
-    cache = allocate_cache(model, ids.shape[1] + remaining) if use_cache else None
+    longest = ids.shape[1] + remaining
+    cache = allocate_cache(model, longest, records=records) if use_cache else None
     answers: Answers = [[] for _ in prompt_ids]
     rows = list(range(len(prompt_ids)))
     stops = stops or [None] * len(rows)
@@ -84,41 +86,42 @@ def decode_batch(
     if cache is None and any(stops):
         # One call generates all tokens.
         arguments["stopping_criteria"] = [_StopCriterion(stops, ids.shape[1], ends)]
-    while True:
-        tokens = remaining if cache is None else min(remaining, TOKENS_OF_A_CALL)
-        length = ids.shape[1]
-        ids = generate(
-            model,
-            ids,
-            mask,
-            tokens=tokens,
-            ends=ends,
-            padding=padding,
-            use_cache=use_cache,
-            cache=cache,
-            sampler=sampler,
-            **arguments,
-        )
-        for row, new_tokens in zip(rows, ids[:, length:].tolist(), strict=True):
-            if finished[row]:
-                continue
-            answer = _cut(answers[row] + new_tokens, limits[row], ends)
-            answers[row] = answer
-            finished[row] = _is_finished(answer, limits[row], ends, stops[row])
-        remaining -= tokens
-        unfinished = [not finished[row] for row in rows]
-        if cache is None or not any(unfinished):
-            return answers
-        mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - length)], 1)
-        selected = _select(unfinished, runs)
-        if len(selected) <= SMALLER_SHARE * len(rows):
-            indices = torch.tensor(selected, device=device)
-            ids = ids[indices]
-            mask = mask[indices]
-            cache.batch_select_indices(indices)
-            if sampler is not None:
-                sampler.select(indices)
-            rows = [rows[index] for index in selected]
+    with recorded_steps(model, cache):
+        while True:
+            tokens = remaining if cache is None else min(remaining, TOKENS_OF_A_CALL)
+            length = ids.shape[1]
+            ids = generate(
+                model,
+                ids,
+                mask,
+                tokens=tokens,
+                ends=ends,
+                padding=padding,
+                use_cache=use_cache,
+                cache=cache,
+                sampler=sampler,
+                **arguments,
+            )
+            for row, new_tokens in zip(rows, ids[:, length:].tolist(), strict=True):
+                if finished[row]:
+                    continue
+                answer = _cut(answers[row] + new_tokens, limits[row], ends)
+                answers[row] = answer
+                finished[row] = _is_finished(answer, limits[row], ends, stops[row])
+            remaining -= tokens
+            unfinished = [not finished[row] for row in rows]
+            if cache is None or not any(unfinished):
+                return answers
+            mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - length)], 1)
+            selected = _select(unfinished, runs)
+            if len(selected) <= SMALLER_SHARE * len(rows):
+                indices = torch.tensor(selected, device=device)
+                ids = ids[indices]
+                mask = mask[indices]
+                cache.batch_select_indices(indices)
+                if sampler is not None:
+                    sampler.select(indices)
+                rows = [rows[index] for index in selected]
 
 
 class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
@@ -261,12 +264,13 @@ def generate(
         arguments["past_key_values"] = cache
     if sampler is not None:
         arguments["logits_processor"] = [sampler]
-    with without_cudnn_attention(), recorded_steps(model, cache):
+    with without_cudnn_attention():
         return model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=tokens,
             do_sample=False,
+            num_beams=1,
             pad_token_id=padding,
             eos_token_id=ends or None,
             use_cache=use_cache,
@@ -276,40 +280,44 @@ def generate(
         )
 
 
-def compare_steps(model: "PreTrainedModel", prompts: int, length: int) -> Comparison:
+def compare_steps(
+    model: "PreTrainedModel", prompts: int, records: bool, length: int
+) -> Comparison:
     """Compare the logits of cached steps with those of the row alone, without a cache.
 
     Args:
         model: In evaluation mode.
         prompts: Prompts at once: 1, or 2 of which the compared one is padded on the left.
+        records: Whether steps are recorded.
         length: Tokens of the compared prompt.
     """
     prompt = probe_ids(model, length, 0)
     longer_prompt = probe_ids(model, length + 3, 1)
     batch = [longer_prompt, prompt][-prompts:]
     ids, mask = pad_left(batch, prompt[0], next(model.parameters()).device)
-    cache = allocate_cache(model, ids.shape[1] + 1 + MEDIAN_STEPS)
-    # Where products are rounded, the median token is compared. Of recorded steps the first one is
-    # launched, the second one recorded, and the third one has to be at another position.
-    is_one_enough = computes_exactly(model) and not isinstance(cache, StepCache)
-    cached_steps = 1 if is_one_enough else MEDIAN_STEPS
-    output = generate(
-        model,
-        ids,
-        mask,
-        tokens=1 + cached_steps,
-        ends=[],
-        padding=prompt[0],
-        use_cache=True,
-        cache=cache,
-        min_new_tokens=1 + cached_steps,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    # Where products are rounded, the median token is compared.
+    compared = 1 if computes_exactly(model) else MEDIAN_STEPS
+    # The first step is launched, the second one recorded, and then launched at its own position.
+    steps = 2 + compared if records else compared
+    cache = allocate_cache(model, ids.shape[1] + 1 + steps, records=records)
+    with recorded_steps(model, cache):
+        output = generate(
+            model,
+            ids,
+            mask,
+            tokens=1 + steps,
+            ends=[],
+            padding=prompt[0],
+            use_cache=True,
+            cache=cache,
+            min_new_tokens=1 + steps,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
     # The first new token comes from the pass over the prompt, which has no cache yet.
     cached_logits = [step[-1] for step in output.logits[1:]]
     # No step has read the last new token.
     sequence = output.sequences[-1].tolist()
-    answer = sequence[-1 - cached_steps : -1]
+    answer = sequence[-1 - steps : -1]
     plain = plain_logits(model, prompt + answer)
-    return torch.stack(cached_logits), plain[-cached_steps:]
+    return torch.stack(cached_logits[-compared:]), plain[-compared:]

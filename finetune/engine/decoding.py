@@ -8,9 +8,11 @@ import logging
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.config.sections.model import QuantizationSettings
+from finetune.engine.allocated_cache import allocate_cache
 from finetune.engine.answer_batch import (
     AnswerBatch,
     next_batch,
@@ -21,8 +23,9 @@ from finetune.engine.batch_decoding import ShowTokens, compare_steps, decode_bat
 from finetune.engine.encoded_prompts import Answers, EncodedPrompts, positions_of
 from finetune.engine.evaluation import evaluation_mode
 from finetune.engine.probes import Shortcut, holds
-from finetune.engine.recorded_steps import can_record, stop_recording
+from finetune.engine.recorded_steps import can_record
 from finetune.engine.sampling import RowSampler
+from finetune.engine.step_cache import StepCache
 from finetune.errors import is_out_of_memory_error
 from finetune.model.memory import free_memory
 from finetune.model.quantization import autocast
@@ -67,6 +70,18 @@ def generate_tokens(
     return answers
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How a base generates."""
+
+    together: bool
+    """Prompts can be answered together."""
+    use_cache: bool
+    """Keys and values of earlier tokens are cached."""
+    records: bool = False
+    """The passes that compute one token of each row are recorded."""
+
+
 class _Decoding:
     """Prompts of runs whose answers end alike."""
 
@@ -95,22 +110,19 @@ class _Decoding:
         if not rows:
             return
         pending, separate = self._separate(rows)
-        longest = max(
-            self._length(run, row) + self._limit(run, row) for run, row in rows
-        )
-        together, use_cache = self._choose_way(
-            runs[0], longest, several=len(separate) < len(rows) - 1
-        )
-        if not together:
+        longest = max(self._length(run, row) for run, row in rows)
+        longest += max(self._limit(run, row) for run, row in rows)
+        way = self._choose_way(runs[0], longest, several=len(separate) < len(rows) - 1)
+        if not way.together:
             pending, separate = {}, rows
         while pending:
             batch = next_batch(pending, self._rows_in_memory(pending))
-            if self._try(batch, use_cache):
+            if self._try(batch, way):
                 remove_answered(pending, batch)
             else:
                 self._room = batch.size // 2
         for run, row in separate:
-            self._decode(AnswerBatch([run], [[row]]), use_cache)
+            self._decode(AnswerBatch([run], [[row]]), way)
 
     def _length(self, run: int, row: int) -> int:
         return len(self._prompts[run].ids[row])
@@ -142,29 +154,47 @@ class _Decoding:
                 separate.append((run, row))
         return pending, separate
 
-    def _choose_way(self, run: int, tokens: int, several: bool) -> tuple[bool, bool]:
-        """Return whether prompts can be answered together, and with cached keys and values.
+    def _choose_way(self, run: int, tokens: int, several: bool) -> _Way:
+        """Return how the base can generate.
 
         Args:
             run: Any of the runs.
-            tokens: Tokens of the longest prompt with its answer.
+            tokens: Tokens of the longest prompt with the longest answer.
             several: Whether there are prompts to answer together.
         """
         with self._adapt([run]):
-            if can_record(self._model):
-                compare = functools.partial(compare_steps, self._model, 2)
-                # This probe is of prompts together and of cached steps too.
-                if holds(Shortcut.RECORDED_STEPS, self._model, tokens, compare):
-                    return several, True
-                stop_recording(self._model)
-            if several:
-                compare = functools.partial(compare_steps, self._model, 2)
-                # This probe is of cached steps too, so the next one is not needed.
-                if holds(Shortcut.PROMPTS_TOGETHER, self._model, tokens, compare):
-                    return True, True
-            compare = functools.partial(compare_steps, self._model, 1)
-            use_cache = holds(Shortcut.CACHED_STEPS, self._model, tokens, compare)
-        return False, use_cache
+            # This probe is of prompts together and of cached steps too, so it is the only one.
+            if self._can_record(tokens) and self._holds(
+                Shortcut.RECORDED_STEPS, 2, tokens
+            ):
+                return _Way(together=several, use_cache=True, records=True)
+            # This one is of cached steps too.
+            if several and self._holds(Shortcut.PROMPTS_TOGETHER, 2, tokens):
+                return _Way(together=True, use_cache=True)
+            use_cache = self._holds(Shortcut.CACHED_STEPS, 1, tokens)
+        return _Way(together=False, use_cache=use_cache)
+
+    def _can_record(self, tokens: int) -> bool:
+        if not can_record(self._model):
+            return False
+        # Without memory for keys and values, which are allocated by the first pass.
+        cache = allocate_cache(self._model, tokens, records=True)
+        return isinstance(cache, StepCache)
+
+    def _holds(self, shortcut: Shortcut, prompts: int, tokens: int) -> bool:
+        """Whether a shortcut holds.
+
+        Args:
+            shortcut: Of generation.
+            prompts: As `compare_steps` takes it.
+            tokens: Tokens of the longest prompt with the longest answer.
+        """
+        records = shortcut is Shortcut.RECORDED_STEPS
+        compare = functools.partial(compare_steps, self._model, prompts, records)
+        if not holds(shortcut, self._model, tokens, compare):
+            return False
+        # Steps that cannot be recorded are compared as they are launched.
+        return not records or can_record(self._model)
 
     def _rows_in_memory(self, pending: dict[int, list[int]]) -> int:
         lengths = []
@@ -175,10 +205,10 @@ class _Decoding:
         room = rows_in_memory(self._model, max(lengths) + max(limits))
         return room if self._room is None else min(room, self._room)
 
-    def _try(self, batch: AnswerBatch, use_cache: bool) -> bool:
+    def _try(self, batch: AnswerBatch, way: _Way) -> bool:
         """Answer a batch; return False where it does not fit into memory, but a smaller one may."""
         try:
-            self._decode(batch, use_cache)
+            self._decode(batch, way)
             return True
         except Exception as error:
             if batch.size == 1 or not is_out_of_memory_error(error):
@@ -193,7 +223,7 @@ class _Decoding:
         free_memory()
         return False
 
-    def _decode(self, batch: AnswerBatch, use_cache: bool) -> None:
+    def _decode(self, batch: AnswerBatch, way: _Way) -> None:
         """Answer a batch."""
         members = batch.members()
         first = self._prompts[batch.runs[0]]
@@ -212,7 +242,8 @@ class _Decoding:
                 runs=len(batch.runs),
                 ends=first.ends,
                 padding=first.padding,
-                use_cache=use_cache,
+                use_cache=way.use_cache,
+                records=way.records and can_record(self._model),
                 sampler=sampler,
                 stops=[self._prompts[run].stops for run, _ in members],
                 show_tokens=self._show_tokens,

@@ -1,10 +1,12 @@
-"""Recording what is launched on a GPU, to launch it again at once (CUDA graphs)."""
+"""Recording what is launched on a GPU, to launch it all with one launch (CUDA graphs)."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
 import torch
+
+from finetune.compat import end_failed_recording
 
 
 @functools.cache
@@ -18,7 +20,10 @@ def _recording_stream(gpu: int) -> torch.cuda.Stream:
 
 
 class GraphPool:
-    """The stream and the memory that recordings share: one of them is under way at a time."""
+    """The stream and the memory that recordings share: one of them is under way at a time.
+
+    After a recording that failed, it is used no more.
+    """
 
     def __init__(self) -> None:
         """Nothing is in it yet."""
@@ -45,15 +50,20 @@ class GraphPool:
         graph.capture_begin(self._pool, capture_error_mode="thread_local")
         try:
             yield
-        finally:
-            graph.capture_end()
+        except BaseException:
+            # Its own error would hide the first one.
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            end_failed_recording(torch.cuda.current_device(), self._pool)
+            raise
+        graph.capture_end()
 
 
 def end_recording() -> None:
     """Record something after a recording that failed.
 
-    Until a recording succeeds, PyTorch's generator of random numbers takes it that one is under
-    way, and refuses to draw.
+    Until a recording succeeds, PyTorch's generator of random numbers assumes that one is under way,
+    and refuses to draw.
     """
     number = torch.zeros(1, device="cuda")
     GraphPool().record(number.zero_)  # type: ignore[arg-type]

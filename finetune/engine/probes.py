@@ -48,7 +48,7 @@ bfloat16 on an H200, right logits differ by 5.6 %. Deeper bases differ by more. 
 architectures are tested one by one; the probe is for a base that is not what its type says.
 """
 
-PROBE_VERSION = 5
+PROBE_VERSION = 6
 """Increased when a shortcut or its probe changes, so that earlier records are not used."""
 
 
@@ -72,8 +72,8 @@ class Shortcut(Enum):
         "one, a prompt has other logits"
     )
     RECORDED_STEPS = (
-        "generating tokens without recorded steps, which is slower: launched at once, a step's "
-        "kernels compute other logits"
+        "generating tokens without recorded steps, which is slower: as one launch, the kernels of "
+        "a step compute other logits"
     )
     CACHED_STEPS = (
         "answering without a cache, which is slower: with cached keys and values, a token has "

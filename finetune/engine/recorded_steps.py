@@ -1,8 +1,8 @@
-"""Recorded steps: the pass that computes one token of each row is launched at once (CUDA graphs).
+"""Recorded steps: the pass that computes one token of each row is one launch (CUDA graphs).
 
 A step computes little, and Python launches hundreds of kernels for it: a GPU waits for most of the
-time. So a step is recorded and then launched again for each token. What it reads is copied to where
-the recorded kernels read it; the cache stays where it is (`step_cache`).
+time. So the kernels of a step are recorded, and launched together for each token. What they read is
+copied to where the recorded ones read it; the cache stays where it is (`step_cache`).
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from finetune.console import summary_line
 from finetune.engine.graph_pool import GraphPool, end_recording
 from finetune.engine.probes import base_of
 from finetune.engine.step_cache import StepCache
+from finetune.errors import is_out_of_memory_error
+from finetune.model.architectures import scaled_positions
 from finetune.model.experts import expert_modules
 from finetune.model.layer_devices import count_stages
+from finetune.model.memory import free_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-Record = Callable[[Callable[[], None]], Callable[[], None]]
-"""Records what a function launches, and returns what launches it again."""
 
 _unrecordable: WeakSet[torch.nn.Module] = WeakSet()
 """Bases whose steps could not be recorded."""
@@ -39,20 +39,15 @@ def can_record(model: torch.nn.Module) -> bool:
     base = base_of(model)
     if base in _unrecordable or not _is_on_one_gpu(base):
         return False
-    # The host waits for how many tokens go to each expert.
-    if expert_modules(base):
+    # The host waits for how many tokens go to each expert, and for the longest row.
+    if expert_modules(base) or scaled_positions(base.config) is not None:
         return False
-    # Others have no mask that hides the tokens to come.
+    # Others have no mask that hides places that are not filled yet.
     return attention_implementation_of(base.config) == "sdpa"
 
 
 def _is_on_one_gpu(base: Any) -> bool:
     return next(base.parameters()).is_cuda and count_stages(base) == 1
-
-
-def stop_recording(model: torch.nn.Module) -> None:
-    """Record no more steps of a base, or of a base with an adapter."""
-    _unrecordable.add(base_of(model))
 
 
 @contextlib.contextmanager
@@ -77,6 +72,7 @@ def recorded_steps(model: "PreTrainedModel", cache: object) -> Iterator[None]:
         del base.forward
         if before is not None:
             base.forward = before
+        steps.free()
 
 
 class _Steps:
@@ -86,12 +82,14 @@ class _Steps:
         self._base = base
         self._forward = base.forward
         self._cache = cache
-        self._shapes: list[Any] = []
-        """Of the tensors that the last step had."""
+        self._is_recording = True
+        self._kind: object = None
+        """What distinguishes the last step from others."""
         self._inputs: dict[str, Any] = {}
         """What the recorded step reads."""
         self._outputs: list[Any] = []
         self._replay: Callable[[], None] | None = None
+        self._record: Callable[[Callable[[], None]], Callable[[], None]] | None = None
 
     def compute(self, inputs: dict[str, Any]) -> Any:
         """Compute a pass, and count its tokens.
@@ -100,22 +98,24 @@ class _Steps:
             inputs: Arguments of the base's forward.
 
         Returns:
-            The base's output; that of a step until the next one.
+            The base's output. The next step overwrites that of a step.
         """
+        if inputs.get("past_key_values") is not self._cache:
+            return self._forward(**inputs)
         output = self._pass(inputs)
         self._cache.advance(inputs["input_ids"].shape[1])
         return output
 
     def _pass(self, inputs: dict[str, Any]) -> Any:
-        if self._cache.tokens == 0 or self._base in _unrecordable:
+        if self._cache.tokens == 0 or not self._is_recording:
             return self._forward(**inputs)
-        shapes = [(tensor.shape, tensor.dtype) for tensor in _tensors(inputs)]
-        if shapes != self._shapes:
+        kind = _kind(inputs)
+        if kind != self._kind:
             # Kernels have to be launched once before they can be recorded.
-            self._shapes = shapes
+            self._kind = kind
             self._replay = None
             return self._forward(**inputs)
-        if self._replay is None and not self._record(inputs):
+        if self._replay is None and not self._try_to_record(inputs):
             return self._forward(**inputs)
         assert self._replay is not None
         for recorded, tensor in zip(
@@ -125,7 +125,7 @@ class _Steps:
         self._replay()
         return self._outputs[-1]
 
-    def _record(self, inputs: dict[str, Any]) -> bool:
+    def _try_to_record(self, inputs: dict[str, Any]) -> bool:
         """Record a step; return whether that was possible."""
         self._inputs = _copies(inputs)
         self._outputs = []
@@ -134,17 +134,42 @@ class _Steps:
             with _autocast_without_cache():
                 self._outputs.append(self._forward(**self._inputs))
 
+        self._record = self._record or recorder()
         try:
-            self._replay = record_on_gpu(launch)
+            self._replay = self._record(launch)
         except RuntimeError as error:
-            _unrecordable.add(self._base)
+            self._is_recording = False
             end_recording()
+            if is_out_of_memory_error(error):
+                # While something is recorded, unused memory cannot be returned to the GPU.
+                free_memory()
+                return False
+            _unrecordable.add(self._base)
             log.info(
                 "tokens are generated without recorded steps, which would be faster (%s)",
                 summary_line(error),
             )
             return False
         return True
+
+    def free(self) -> None:
+        """Let go of what is recorded, and return its memory to the GPU."""
+        if self._record is not None:
+            self._inputs = {}
+            self._outputs = []
+            self._replay = self._record = None
+            free_memory()
+
+
+def _kind(inputs: object) -> object:
+    """What distinguishes a step's arguments from those of a step that was recorded."""
+    if isinstance(inputs, torch.Tensor):
+        return inputs.shape, inputs.dtype
+    if isinstance(inputs, dict):
+        return {name: _kind(value) for name, value in inputs.items()}
+    # A list is another one in each step, so that a step with one is never recorded.
+    is_plain = inputs is None or isinstance(inputs, bool | int | float | str)
+    return inputs if is_plain else id(inputs)
 
 
 def _tensors(inputs: object) -> list[torch.Tensor]:
@@ -177,22 +202,6 @@ def _autocast_without_cache() -> Any:
     )
 
 
-def record_on_gpu(launch: Callable[[], None]) -> Callable[[], None]:
-    """Record what a function launches on the current GPU, and return what launches it again."""
-    return _pool(torch.cuda.current_device()).record(launch)
-
-
-@functools.cache
-def _pool(gpu: int) -> "_LastingPool":
-    """Where a process records the steps of a GPU: its memory is used again and again."""
-    return _LastingPool()
-
-
-class _LastingPool(GraphPool):
-    """Memory that outlives what is recorded in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        number = torch.zeros(1, device="cuda")
-        # PyTorch lets go of memory that no recording uses, and never uses it again.
-        self._first = self.record(number.zero_)  # type: ignore[arg-type]
+def recorder() -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Return what records on the current GPU, in memory of its own."""
+    return GraphPool().record

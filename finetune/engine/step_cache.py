@@ -1,8 +1,8 @@
 """A cache of keys and values whose tensors stay the same from token to token.
 
 So a step, the pass that computes one token of each row, can be recorded and launched again
-(`recorded_steps`). Attention then reads the memory of all tokens, those to come included, which
-the mask hides.
+(`recorded_steps`). Attention then reads the memory of all tokens, places that are not filled yet
+included; the mask hides them.
 """
 
 import torch

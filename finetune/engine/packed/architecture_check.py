@@ -255,7 +255,7 @@ def _answers_together(base: "PreTrainedModel") -> bool:
     """Whether prompts of different lengths are answered together as each alone."""
     try:
         with evaluation_mode(base):
-            computed, plain = compare_steps(base, 2, 12)
+            computed, plain = compare_steps(base, 2, False, 12)
     except Exception as error:
         if isinstance(error, Interrupted) or is_out_of_memory_error(error):
             raise

@@ -42,17 +42,26 @@ def count_recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
         return replay
 
     monkeypatch.setattr(f"{RECORDED}._is_on_one_gpu", lambda base: True)
-    monkeypatch.setattr(f"{RECORDED}.record_on_gpu", record)
+    monkeypatch.setattr(f"{RECORDED}.recorder", lambda: record)
     monkeypatch.setattr(f"{RECORDED}.end_recording", lambda: None)
     return lambda: len(recorded)
 
 
-def answer(pack: Pack, limit: int) -> tuple[list[Any], list[Any]]:
+TEXTS = ("Hm?", "What does math.gcd do in Python, and why?", "Sea, or not?")
+
+
+def answer(
+    pack: Pack,
+    limit: int,
+    texts: tuple[str, ...] = TEXTS,
+    ends: list[int] | None = None,
+) -> tuple[list[Any], list[Any]]:
     """Answers of all slots at once, and what each alone says, token by token without a cache."""
+    import dataclasses
+
     from finetune.engine.encoded_prompts import encode_prompts
     from finetune.engine.packed.requests import Generate
 
-    texts = ("Hm?", "What does math.gcd do in Python, and why?", "Sea, or not?")
     requests = []
     for slot in pack.slots:
         encoded = encode_prompts(
@@ -64,6 +73,8 @@ def answer(pack: Pack, limit: int) -> tuple[list[Any], list[Any]]:
             variables=None,
             sampling=None,
         )
+        if ends is not None:
+            encoded = dataclasses.replace(encoded, ends=ends)
         requests.append(Generate(slot, encoded))
     answers = pack.bank.generate(requests)
     alone = []
@@ -86,18 +97,31 @@ def answer(pack: Pack, limit: int) -> tuple[list[Any], list[Any]]:
     ],
 )
 def test_recorded_answers_are_those_of_each_alone(
-    architecture: str, tiny: Tiny, count_recorded: Callable[[], int]
+    architecture: str,
+    tiny: Tiny,
+    count_recorded: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Rows are longer than the tiny windows.
+    monkeypatch.setattr("finetune.engine.allocated_cache.WINDOWS_OF_A_STEP", 100)
     answers, alone = answer(Pack(architecture, tiny), 24)
     assert answers == alone
     assert (count_recorded() > 0) is (architecture not in NOT_RECORDED)
 
 
+@pytest.mark.parametrize("rounds", [False, True])
 def test_a_base_that_counts_its_tokens_itself_is_not_recorded(
+    rounds: bool,
     tiny: Tiny,
     count_recorded: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    if rounds:
+        # As in 16 bits: the median token is compared.
+        for module in ("batch_decoding", "probes"):
+            name = f"finetune.engine.{module}.computes_exactly"
+            monkeypatch.setattr(name, lambda model: False)
     pack = Pack("Llama", tiny)
     decoder = pack.bank.base.model
     forward = decoder.forward
@@ -115,7 +139,6 @@ def test_a_base_that_counts_its_tokens_itself_is_not_recorded(
 def test_steps_that_cannot_be_recorded_are_launched_and_one_line_says_so(
     tiny: Tiny,
     count_recorded: Callable[[], int],
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     pack = Pack("Llama", tiny)
@@ -136,3 +159,67 @@ def test_steps_that_cannot_be_recorded_are_launched_and_one_line_says_so(
     assert count_recorded() == 0
     assert caplog.text.count("without recorded steps") == 1
     assert "forward" not in vars(pack.bank.base)
+
+
+def test_a_step_is_recorded_once_while_no_row_leaves(
+    tiny: Tiny, count_recorded: Callable[[], int]
+) -> None:
+    pack = Pack("Llama", tiny)
+    answer(pack, 4)
+    before = count_recorded()
+
+    answers, alone = answer(pack, 60, texts=("Hm?",), ends=[])
+
+    assert answers == alone
+    assert {len(tokens) for of_slot in answers for tokens in of_slot} == {60}
+    assert count_recorded() == before + 1
+
+
+def test_where_memory_is_short_steps_are_launched_and_recorded_the_next_time(
+    tiny: Tiny, count_recorded: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    pack = Pack("Llama", tiny)
+    _, alone = answer(pack, 24)
+    before = count_recorded()
+
+    def full(launch: Callable[[], None]) -> Callable[[], None]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{RECORDED}.recorder", lambda: full)
+        assert answer(pack, 24)[0] == alone
+    assert count_recorded() == before
+    assert answer(pack, 24)[0] == alone
+    assert count_recorded() > before
+
+
+def test_a_diverged_adapter_leaves_the_others_their_recorded_steps(
+    tiny: Tiny, count_recorded: Callable[[], int]
+) -> None:
+    pack = Pack("Llama", tiny)
+    vector = pack.slots[0].vector.clone()
+    pack.slots[0].vector.fill_(float("nan"))
+    pack.slots[0].refresh_weights()
+    answer(pack, 4)
+    pack.slots[0].vector.copy_(vector)
+    pack.slots[0].refresh_weights()
+    before = count_recorded()
+
+    answers, alone = answer(pack, 24)
+
+    assert answers == alone
+    assert count_recorded() > before
+
+
+def test_rows_much_longer_than_a_window_are_not_recorded(
+    tiny: Tiny, count_recorded: Callable[[], int]
+) -> None:
+    pack = Pack("Gemma3Text", tiny)
+    window = pack.bank.base.config.sliding_window
+
+    answers, alone = answer(pack, 2 * window + 1)
+
+    assert answers == alone
+    assert count_recorded() == 0

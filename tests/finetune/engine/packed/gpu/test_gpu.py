@@ -534,23 +534,22 @@ def test_recorded_steps_generate_the_tokens_of_launched_ones(
         )
         requests.append(Generate(slot, prompts))
     recorded: list[bool] = []
-    record = recorded_steps.record_on_gpu
+    recorder = recorded_steps.recorder
 
-    def counting(launch: Callable[[], None]) -> Callable[[], None]:
-        # Not what was recorded, whose memory would stay.
+    def counting() -> Callable[[Callable[[], None]], Callable[[], None]]:
         recorded.append(True)
-        return record(launch)
+        return recorder()
 
-    monkeypatch.setattr(recorded_steps, "record_on_gpu", counting)
+    monkeypatch.setattr(recorded_steps, "recorder", counting)
     bank.generate(requests)
     memory = torch.cuda.memory_reserved()
     answers = bank.generate(requests)
     assert recorded
-    # What is recorded later takes the memory of what was recorded before.
+    # What was recorded has given its memory back.
     for _ in range(4):
         assert bank.generate(requests) == answers
     assert torch.cuda.memory_reserved() <= memory + 2**23
-    recorded_steps.stop_recording(bank.base)
+    recorded_steps._unrecordable.add(bank.base)
     recorded.clear()
 
     launched = bank.generate(requests)
@@ -563,5 +562,30 @@ def test_recorded_steps_generate_the_tokens_of_launched_ones(
         agreeing = []
         for mine, theirs in zip(answers, launched, strict=True):
             pairs = zip(mine, theirs, strict=True)
-            agreeing += [one[:4] == other[:4] for one, other in pairs]
-        assert sum(agreeing) >= len(agreeing) - 1
+            agreeing += [one[:8] == other[:8] for one, other in pairs]
+        assert sum(agreeing) >= len(agreeing) - 2
+
+
+def test_after_a_recording_that_failed_another_one_succeeds() -> None:
+    import torch
+
+    from finetune.engine.graph_pool import GraphPool, end_recording
+
+    number = torch.zeros(1, device="cuda")
+
+    def waiting() -> None:
+        number.add_(1)
+        number.item()
+
+    with pytest.raises(RuntimeError, match="captur"):
+        GraphPool().record(waiting)
+    end_recording()
+
+    replay = GraphPool().record(lambda: number.add_(1))  # type: ignore[arg-type, return-value]
+    replay()
+    replay()
+
+    assert float(number) == 2
+    # It draws, and its unused memory can be returned.
+    assert torch.rand(3, device="cuda").isfinite().all()
+    torch.cuda.empty_cache()
