@@ -54,7 +54,7 @@ def base(
     tiny: Tiny, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Base:
     if request.param == "the model's own cache":
-        monkeypatch.setattr(batch_decoding, "allocate_cache", lambda *_: None)
+        monkeypatch.setattr(batch_decoding, "allocate_cache", lambda *_, **__: None)
     return Base(tiny(NONE))
 
 
