@@ -60,11 +60,13 @@ def _free_trials(study: Study) -> list[FrozenTrial]:
 def add_waiting_trials(study: Study, total: int) -> None:
     """Add waiting trials until the study has a number of them, besides those added by hand."""
     while True:
-        lacking = total - len(planned_trials(study))
+        # Read once: another machine may add the same trials between two readings.
+        trials = study.trials()
+        lacking = total - len(_planned(trials))
         if lacking <= 0:
             return
         # All at once: workers that count the trials and then ask for one end up with too many.
-        first = len(study.trials())
+        first = len(trials)
         # Another machine may add the same trials now: a database refuses numbers that it holds,
         # and the trials are counted again.
         study.add_waiting_trials(range(first, first + lacking))
@@ -72,7 +74,11 @@ def add_waiting_trials(study: Study, total: int) -> None:
 
 def planned_trials(study: Study) -> list[FrozenTrial]:
     """Return the trials without those that a user has added by hand, by number."""
-    return [trial for trial in study.trials() if role(trial) != ADDED]
+    return _planned(study.trials())
+
+
+def _planned(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    return [trial for trial in trials if role(trial) != ADDED]
 
 
 def claimable_waiting_trials(study: Study) -> list[FrozenTrial]:

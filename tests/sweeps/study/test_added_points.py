@@ -201,6 +201,29 @@ def test_a_point_that_takes_the_number_of_a_planned_trial_costs_no_trial(
     assert study.total == 5
 
 
+@pytest.mark.parametrize("reading", range(4))
+def test_two_machines_that_begin_a_study_together_plan_its_trials_once(
+    reading: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = searched(tmp_path, total=0, is_database=True)
+    other_machine = Study.load(study.folder)
+    readings = iter(range(100))
+    read = study.trials
+
+    def trials_before(*states: TrialState) -> list[FrozenTrial]:
+        """What there is; the other machine plans the study right after one of the readings."""
+        result = read(*states)
+        if next(readings) == reading:
+            other_machine.add_waiting_trials(range(4))
+        return result
+
+    monkeypatch.setattr(study, "trials", trials_before)
+
+    enqueue_trials(study, 4, [])
+
+    assert [trial.number for trial in read()] == [0, 1, 2, 3]
+
+
 def test_a_failed_trial_may_be_cloned_as_it_is_and_an_unchosen_point_not(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -39,7 +39,10 @@ from sweeps.study.worker import _TrialSource
 
 
 def lose(process: Forked, machine: Path) -> None:
-    """Kill all processes of a machine, and remove its disk."""
+    """Kill all processes of a machine, and remove its disk.
+
+    A run's run.json is copied after its checkpoint: where it is not there yet, the run is lost.
+    """
     process.kill()
     machine.rename(machine.with_name("lost"))
 
@@ -64,7 +67,7 @@ def test_a_run_goes_on_from_its_last_copied_checkpoint(
     machine = tmp_path / "first"
     process = station.start(*words, cwd=machine, before=SLOW_STEPS)
     copies = tmp_path / "copies" / "outputs" / "runs" / "a"
-    wait_until(lambda: any(copies.glob("*/checkpoints/*/progress.json")), process)
+    wait_until(lambda: any(copies.glob("*/run.json")), process)
     lose(process, machine)
 
     other = tmp_path / "second"
@@ -95,7 +98,7 @@ def test_a_study_goes_on_with_the_trials_that_it_had(
     machine = tmp_path / "first"
     process = station.start(*words, cwd=machine, before=SLOW_STEPS)
     trials = copies / "outputs" / "sweeps" / "s" / "trials"
-    wait_until(lambda: any(trials.glob("1/checkpoints/*/progress.json")), process)
+    wait_until(lambda: any(trials.glob("1/run.json")), process)
     lose(process, machine)
     first = read(trials / "0" / "metrics.jsonl")
 
@@ -208,7 +211,7 @@ def start_trial(
     """Start a study, and wait until its first trial has a copied checkpoint."""
     process = station.start(*words, cwd=machine, before=SLOW_STEPS)
     trial = folder_of(copies) / "trials" / "0"
-    wait_until(lambda: any(trial.glob("checkpoints/*/progress.json")), process)
+    wait_until(lambda: any(trial.glob("run.json")), process)
     return process
 
 
