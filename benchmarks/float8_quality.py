@@ -4,15 +4,17 @@
         [--seeds 5] [--steps 120] [--max-length 128] [--ranking 24] [--folder FOLDER]
 
 A GPU multiplies 8-bit floats twice as fast as bfloat16. Here their rounding is emulated, which says
-nothing about speed. All lines train in NF4 with bfloat16 as the compute dtype, as on a GPU. In the
-lines below the operands of the products with the base's frozen weights are rounded further; those of
-the adapters, of attention and of the head never are, and neither is any evaluation.
+nothing about speed. All lines but `float32` train in NF4 with bfloat16 as the compute dtype, as on
+a GPU. In the lines below the operands of the products with the base's frozen weights are rounded
+further; those of the adapters, of attention and of the head never are, and neither is any
+evaluation.
 
     blocks_inner  forward pass in e4m3, a scale for each 128 activations of a token and for each
                   128 x 128 weights; the first and the last decoder block in bfloat16
     blocks        the same in all blocks
     rows          forward pass in e4m3, a scale for each token and for each row of a weight
-    both_inner    as blocks_inner, and the backward pass with gradients in e5m2, a scale for each token
+    both_inner    as blocks_inner, and the backward pass with gradients in e5m2, a scale for each
+                  token
     both          as blocks, with that backward pass
     both_e4m3     as both, with gradients in e4m3
 
