@@ -224,16 +224,15 @@ def attention_implementation_of(config: Any) -> str:
     return str(config._attn_implementation)
 
 
-def caching_layers(cache: Any) -> list[Any]:
-    """Return the layers of a transformers cache that hold something.
+def caches_nothing(layer: Any) -> bool:
+    """Return whether a layer of a transformers cache never holds anything.
 
     Reason: layers that use the keys and values of another one have a layer without any, which has
     no public mark. transformers 5.23, `DummyLayer`; 5.17 has none. Upstream: none.
     """
     from transformers import cache_utils
 
-    dummy = getattr(cache_utils, "DummyLayer", ())
-    return [layer for layer in cache.layers if not isinstance(layer, dummy)]
+    return isinstance(layer, getattr(cache_utils, "DummyLayer", ()))
 
 
 def end_failed_recording(gpu: int, pool: tuple[int, int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from finetune.compat import caching_layers
+from finetune.compat import caches_nothing
 from finetune.engine.probes import base_of
 from finetune.engine.step_cache import StepCache
 from finetune.model.architectures import text_config_of
@@ -100,7 +100,7 @@ def allocate_cache(
         return None
     config = text_config_of(base.config)
     cache = DynamicCache(config=config)
-    layers = caching_layers(cache)
+    layers = [layer for layer in cache.layers if not caches_nothing(layer)]
     if any(type(layer) not in ATTENTION_LAYERS for layer in layers):
         return None
     windows = [layer.sliding_window for layer in layers if layer.is_sliding]

@@ -33,7 +33,7 @@ TOKENS_OF_A_CALL = 16
 """Tokens after which rows that have ended leave the batch, and stop texts are looked for."""
 
 MEDIAN_STEPS = 3
-"""Steps that a probe computes: the fewest that have a median."""
+"""Steps that a probe compares where products are rounded: the fewest that have a median."""
 
 SMALLER_SHARE = 0.75
 """Rows leave if at most this share of the batch remains: the cache is copied for it."""

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+"""Records what a function launches, and returns what launches it again."""
+
 _unrecordable: WeakSet[torch.nn.Module] = WeakSet()
 """Bases whose steps could not be recorded."""
 
@@ -89,7 +92,7 @@ class _Steps:
         """What the recorded step reads."""
         self._outputs: list[Any] = []
         self._replay: Callable[[], None] | None = None
-        self._record: Callable[[Callable[[], None]], Callable[[], None]] | None = None
+        self._record: Record | None = None
 
     def compute(self, inputs: dict[str, Any]) -> Any:
         """Compute a pass, and count its tokens.
@@ -202,6 +205,6 @@ def _autocast_without_cache() -> Any:
     )
 
 
-def recorder() -> Callable[[Callable[[], None]], Callable[[], None]]:
+def recorder() -> Record:
     """Return what records on the current GPU, in memory of its own."""
     return GraphPool().record

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from finetune.compat import caching_layers
+from finetune.compat import caches_nothing
 
 
 class StepCache(DynamicCache):  # type: ignore[misc]
@@ -32,9 +32,9 @@ class StepCache(DynamicCache):  # type: ignore[misc]
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         """`tokens`, for kernels that are launched again."""
         # Layers with a sliding window hold all tokens too: the mask hides those before it.
-        for layer in caching_layers(self):
-            number = self.layers.index(layer)
-            self.layers[number] = _StepLayer(self, layer.is_sliding)
+        for number, layer in enumerate(self.layers):
+            if not caches_nothing(layer):
+                self.layers[number] = _StepLayer(self, layer.is_sliding)
 
     def advance(self, tokens: int) -> None:
         """Count the tokens that a pass has cached in all layers."""

@@ -1,18 +1,21 @@
 """Banks whose slots are compared with each slot's adapter on a base of its own."""
 
 import copy
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
 
 from finetune.config.schema import RunConfig
 from finetune.data.encoding import IGNORED
+from finetune.data.types import Prompt
 from support.architectures import packed_model
 from support.models import load_tokenizer
 from support.runs import NONE, Tiny
 
 VOCABULARY = 600
 PREFIX = 12
+TEXTS = ("Hm?", "What does math.gcd do in Python, and why?", "Sea, or not?")
 Row = dict[str, list[int]]
 
 
@@ -125,3 +128,41 @@ def greedy(model: Any, ids: list[int], tokens: int, ends: list[int]) -> list[int
             ).logits
         answer.append(int(logits[0, -1].argmax()))
     return answer
+
+
+def answers_of_slots(
+    pack: Pack,
+    limit: int,
+    texts: tuple[str, ...] = TEXTS,
+    ends: list[int] | None = None,
+) -> tuple[list[Any], list[Any]]:
+    """Answers of all slots at once, and what each alone says, token by token without a cache.
+
+    Args:
+        pack: The bank.
+        limit: Of an answer's tokens.
+        texts: Each slot's prompts.
+        ends: Ids that end an answer; None: those of the chat template.
+    """
+    from finetune.engine.encoded_prompts import encode_prompts
+    from finetune.engine.packed.requests import Generate
+
+    requests = []
+    for slot in pack.slots:
+        encoded = encode_prompts(
+            pack.bank.base,
+            load_tokenizer(pack.config),
+            [Prompt(text) for text in texts],
+            max_new_tokens=limit,
+            max_length=None,
+            variables=None,
+            sampling=None,
+        )
+        if ends is not None:
+            encoded = dataclasses.replace(encoded, ends=ends)
+        requests.append(Generate(slot, encoded))
+    alone = []
+    for model, request in zip(pack.models, requests, strict=True):
+        prompts = request.prompts
+        alone.append([greedy(model, ids, limit, prompts.ends) for ids in prompts.ids])
+    return pack.bank.generate(requests), alone

@@ -1,4 +1,4 @@
-"""What CUDA graphs do, for a CPU: operations are recorded, and computed again on the same memory."""
+"""CUDA graphs for a CPU: operations are recorded, and computed again on the same memory."""
 
 from collections.abc import Callable
 from typing import Any

@@ -5,12 +5,9 @@ from typing import Any
 
 import pytest
 from support.architectures import PACKED
-from support.models import load_tokenizer
-from support.packs import Pack, greedy
+from support.packs import Pack, answers_of_slots
 from support.recorded_operations import record_operations
 from support.runs import Tiny
-
-from finetune.data.types import Prompt
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -47,48 +44,6 @@ def count_recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: len(recorded)
 
 
-TEXTS = ("Hm?", "What does math.gcd do in Python, and why?", "Sea, or not?")
-
-
-def answer(
-    pack: Pack,
-    limit: int,
-    texts: tuple[str, ...] = TEXTS,
-    ends: list[int] | None = None,
-) -> tuple[list[Any], list[Any]]:
-    """Answers of all slots at once, and what each alone says, token by token without a cache."""
-    import dataclasses
-
-    from finetune.engine.encoded_prompts import encode_prompts
-    from finetune.engine.packed.requests import Generate
-
-    requests = []
-    for slot in pack.slots:
-        encoded = encode_prompts(
-            pack.bank.base,
-            load_tokenizer(pack.config),
-            [Prompt(text) for text in texts],
-            max_new_tokens=limit,
-            max_length=None,
-            variables=None,
-            sampling=None,
-        )
-        if ends is not None:
-            encoded = dataclasses.replace(encoded, ends=ends)
-        requests.append(Generate(slot, encoded))
-    answers = pack.bank.generate(requests)
-    alone = []
-    for number, request in enumerate(requests):
-        ends = request.prompts.ends
-        alone.append(
-            [
-                greedy(pack.models[number], ids, limit, ends)
-                for ids in request.prompts.ids
-            ]
-        )
-    return answers, alone
-
-
 @pytest.mark.parametrize(
     "architecture",
     [
@@ -104,7 +59,7 @@ def test_recorded_answers_are_those_of_each_alone(
 ) -> None:
     # Rows are longer than the tiny windows.
     monkeypatch.setattr("finetune.engine.allocated_cache.WINDOWS_OF_A_STEP", 100)
-    answers, alone = answer(Pack(architecture, tiny), 24)
+    answers, alone = answers_of_slots(Pack(architecture, tiny), 24)
     assert answers == alone
     assert (count_recorded() > 0) is (architecture not in NOT_RECORDED)
 
@@ -129,7 +84,7 @@ def test_a_base_that_counts_its_tokens_itself_is_not_recorded(
     decoder.forward = lambda position_ids, **inputs: forward(**inputs)
 
     with caplog.at_level("INFO"):
-        answers, alone = answer(pack, 24)
+        answers, alone = answers_of_slots(pack, 24)
 
     assert answers == alone
     assert count_recorded() == 1  # by the probe
@@ -152,8 +107,8 @@ def test_steps_that_cannot_be_recorded_are_launched_and_one_line_says_so(
     decoder.forward = waiting
 
     with caplog.at_level("INFO"):
-        answers, alone = answer(pack, 24)
-        again, _ = answer(pack, 24)
+        answers, alone = answers_of_slots(pack, 24)
+        again, _ = answers_of_slots(pack, 24)
 
     assert answers == alone == again
     assert count_recorded() == 0
@@ -165,10 +120,10 @@ def test_a_step_is_recorded_once_while_no_row_leaves(
     tiny: Tiny, count_recorded: Callable[[], int]
 ) -> None:
     pack = Pack("Llama", tiny)
-    answer(pack, 4)
+    answers_of_slots(pack, 4)
     before = count_recorded()
 
-    answers, alone = answer(pack, 60, texts=("Hm?",), ends=[])
+    answers, alone = answers_of_slots(pack, 60, texts=("Hm?",), ends=[])
 
     assert answers == alone
     assert {len(tokens) for of_slot in answers for tokens in of_slot} == {60}
@@ -181,7 +136,7 @@ def test_where_memory_is_short_steps_are_launched_and_recorded_the_next_time(
     import torch
 
     pack = Pack("Llama", tiny)
-    _, alone = answer(pack, 24)
+    _, alone = answers_of_slots(pack, 24)
     before = count_recorded()
 
     def full(launch: Callable[[], None]) -> Callable[[], None]:
@@ -189,9 +144,9 @@ def test_where_memory_is_short_steps_are_launched_and_recorded_the_next_time(
 
     with monkeypatch.context() as patch:
         patch.setattr(f"{RECORDED}.recorder", lambda: full)
-        assert answer(pack, 24)[0] == alone
+        assert answers_of_slots(pack, 24)[0] == alone
     assert count_recorded() == before
-    assert answer(pack, 24)[0] == alone
+    assert answers_of_slots(pack, 24)[0] == alone
     assert count_recorded() > before
 
 
@@ -202,12 +157,12 @@ def test_a_diverged_adapter_leaves_the_others_their_recorded_steps(
     vector = pack.slots[0].vector.clone()
     pack.slots[0].vector.fill_(float("nan"))
     pack.slots[0].refresh_weights()
-    answer(pack, 4)
+    answers_of_slots(pack, 4)
     pack.slots[0].vector.copy_(vector)
     pack.slots[0].refresh_weights()
     before = count_recorded()
 
-    answers, alone = answer(pack, 24)
+    answers, alone = answers_of_slots(pack, 24)
 
     assert answers == alone
     assert count_recorded() > before
@@ -219,7 +174,7 @@ def test_rows_much_longer_than_a_window_are_not_recorded(
     pack = Pack("Gemma3Text", tiny)
     window = pack.bank.base.config.sliding_window
 
-    answers, alone = answer(pack, 2 * window + 1)
+    answers, alone = answers_of_slots(pack, 2 * window + 1)
 
     assert answers == alone
     assert count_recorded() == 0

@@ -157,12 +157,16 @@ def _load_sums(sums, first, stop, heads, head, CHUNK: tl.constexpr):
 
 @triton.jit
 def _state_cells(
-    place, first_column, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr
+    chunk_head,
+    first_column,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Offsets of BLOCK rows of a state [BLOCK, KEYS]."""
     columns = first_column + tl.arange(0, BLOCK)
     keys = tl.arange(0, KEYS)
-    return place * KEYS * VALUES + columns[:, None] * KEYS + keys[None, :]
+    return chunk_head * KEYS * VALUES + columns[:, None] * KEYS + keys[None, :]
 
 
 @triton.jit
@@ -189,12 +193,12 @@ def delta_rule_kernel(
         first = start + number * CHUNK
         tokens = first + row
         mask = tokens < stop
-        place = (chunk + number) * heads + head
+        chunk_head = (chunk + number) * heads + head
         chunk_keys = _load_columns(keys, tokens, key_stride, key_column, mask, KEYS)
         values = _load_columns(
             qkv, tokens, qkv_stride, value_start + value_column, mask, BLOCK
         )
-        inverse = tl.load(inverses + place * CHUNK * CHUNK + square)
+        inverse = tl.load(inverses + chunk_head * CHUNK * CHUNK + square)
         chunk_sums, total = _load_sums(sums, first, stop, heads, head, CHUNK)
         growth = tl.exp(chunk_sums)[None, :]
         rounded_state = state.to(DTYPE)
@@ -202,7 +206,7 @@ def delta_rule_kernel(
         errors = tl.trans(values).to(tl.float32) - predicted
         correction = _multiply(errors, tl.trans(inverse), DTYPE)
         if STORE_STATES:
-            cells = _state_cells(place, first_value, KEYS, VALUES, BLOCK)
+            cells = _state_cells(chunk_head, first_value, KEYS, VALUES, BLOCK)
             tl.store(states + cells, rounded_state)
             _store_columns(
                 corrections, tl.trans(correction), tokens, heads * VALUES, value_column, mask,
@@ -212,7 +216,7 @@ def delta_rule_kernel(
             chunk_queries = _load_columns(
                 queries, tokens, key_stride, key_column, mask, KEYS
             )
-            chunk_scores = tl.load(scores + place * CHUNK * CHUNK + square)
+            chunk_scores = tl.load(scores + chunk_head * CHUNK * CHUNK + square)
             result = _multiply(rounded_state, tl.trans(chunk_queries), DTYPE) * growth
             result += _multiply(correction, tl.trans(chunk_scores), DTYPE)
             _store_columns(
@@ -255,13 +259,13 @@ def grad_states_kernel(
         first = start + number * CHUNK
         tokens = first + row
         mask = tokens < stop
-        place = (chunk + number) * heads + head
+        chunk_head = (chunk + number) * heads + head
         grads = _load_columns(
             grad_output, tokens, heads * VALUES, value_column, mask, BLOCK
         )
-        chunk_scores = tl.load(scores + place * CHUNK * CHUNK + square)
+        chunk_scores = tl.load(scores + chunk_head * CHUNK * CHUNK + square)
         chunk_keys = _load_columns(keys, tokens, key_stride, key_column, mask, KEYS)
-        inverse = tl.load(inverses + place * CHUNK * CHUNK + square)
+        inverse = tl.load(inverses + chunk_head * CHUNK * CHUNK + square)
         chunk_queries = _load_columns(
             queries, tokens, key_stride, key_column, mask, KEYS
         )
@@ -269,7 +273,7 @@ def grad_states_kernel(
         growth = tl.exp(chunk_sums)[None, :]
         remaining = tl.exp(total - chunk_sums)[None, :]
         rounded_state = grad_state.to(DTYPE)
-        cells = _state_cells(place, first_value, KEYS, VALUES, BLOCK)
+        cells = _state_cells(chunk_head, first_value, KEYS, VALUES, BLOCK)
         tl.store(grad_states + cells, rounded_state)
         grad_correction = (
             _multiply(rounded_state, tl.trans(chunk_keys), DTYPE) * remaining
@@ -306,7 +310,7 @@ def delta_rule_backward_kernel(
     # Nothing has written the states of the empty chunks of a padded table.
     if first >= stop:
         return
-    place = chunk.to(tl.int64) * heads + head
+    chunk_head = chunk.to(tl.int64) * heads + head
     key_column = head // group_size * KEYS
     key_stride = heads // group_size * KEYS
     stride = heads * VALUES
@@ -360,7 +364,7 @@ def delta_rule_backward_kernel(
     for block in tl.static_range(VALUES // BLOCK):
         column = head * VALUES + block * BLOCK
         grads = _load_columns(grad_output, tokens, stride, column, mask, BLOCK)
-        cells = _state_cells(place, block * BLOCK, KEYS, VALUES, BLOCK)
+        cells = _state_cells(chunk_head, block * BLOCK, KEYS, VALUES, BLOCK)
         grad_queries += _multiply(grads, tl.load(states + cells), DTYPE)
     grad_queries = grad_queries * growth + _multiply(grad_scores, chunk_keys, DTYPE)
     chunk_queries = _load_columns(queries, tokens, key_stride, key_column, mask, KEYS)
@@ -375,7 +379,7 @@ def delta_rule_backward_kernel(
         grad_errors = _load_columns(
             grad_value, tokens, grad_value_stride, column, mask, BLOCK
         )
-        cells = _state_cells(place, block * BLOCK, KEYS, VALUES, BLOCK)
+        cells = _state_cells(chunk_head, block * BLOCK, KEYS, VALUES, BLOCK)
         grad_keys -= _multiply(grad_errors, tl.load(states + cells), DTYPE)
     grad_keys = grad_keys * growth + _multiply(grad_system, chunk_keys, DTYPE)
     grad_sums += tl.sum(grad_keys * chunk_keys.to(tl.float32), 1)
@@ -385,7 +389,7 @@ def delta_rule_backward_kernel(
     for block in tl.static_range(VALUES // BLOCK):
         column = head * VALUES + block * BLOCK
         correction = _load_columns(corrections, tokens, stride, column, mask, BLOCK)
-        cells = _state_cells(place, block * BLOCK, KEYS, VALUES, BLOCK)
+        cells = _state_cells(chunk_head, block * BLOCK, KEYS, VALUES, BLOCK)
         grad_state = tl.load(grad_states + cells)
         grad_written += _multiply(correction, grad_state, DTYPE)
         products = tl.load(states + cells).to(tl.float32) * grad_state.to(tl.float32)

@@ -11,7 +11,7 @@ from support.packs import (
     BATCHES,
     PREFIX,
     Pack,
-    greedy,
+    answers_of_slots,
     own_loss,
     rows_that_begin_alike,
     share_of_difference,
@@ -121,30 +121,11 @@ def test_an_adapter_has_the_same_logits_in_plain_peft(
 def test_answers_and_label_likelihoods_in_slots_are_those_of_each_alone(
     architecture: str, tiny: Tiny
 ) -> None:
-    from finetune.data.types import Prompt
-    from finetune.engine.encoded_prompts import encode_prompts
-    from finetune.engine.packed.requests import Evaluate, Generate
+    from finetune.engine.packed.requests import Evaluate
 
     pack = Pack(architecture, tiny)
-    tokenizer = load_tokenizer(pack.config)
-    texts = ("Hm?", "What does math.gcd do in Python, and why?", "Sea, or not?")
-    requests = []
-    for slot in pack.slots:
-        encoded = encode_prompts(
-            pack.bank.base,
-            tokenizer,
-            [Prompt(text) for text in texts],
-            max_new_tokens=24,
-            max_length=None,
-            variables=None,
-            sampling=None,
-        )
-        requests.append(Generate(slot, encoded))
-    together = pack.bank.generate(requests)
-    for number, request in enumerate(requests):
-        model = pack.models[number]
-        for ids, answer in zip(request.prompts.ids, together[number], strict=True):
-            assert answer == greedy(model, ids, 24, request.prompts.ends)
+    together, alone = answers_of_slots(pack, 24)
+    assert together == alone
     # Groups of two rows that begin alike, as a row has them with each of its labels.
     groups = [row for seed in (3, 4) for row in rows_that_begin_alike(seed, 2)]
     likelihoods = pack.bank.evaluate(
