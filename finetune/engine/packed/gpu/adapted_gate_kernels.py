@@ -36,8 +36,10 @@ def adapted_gate_kernel(
     COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """product = activation(gate) · up for a tile of tokens and some blocks of columns."""
-    first, span, gate_table = load_tile(tiles, spans, gate_tables, table_stride)
-    _, _, up_table = load_tile(tiles, spans, up_tables, table_stride)
+    first, span, gate_table = load_tile(
+        tiles, spans, gate_tables, table_stride, tl.program_id(1)
+    )
+    _, _, up_table = load_tile(tiles, spans, up_tables, table_stride, tl.program_id(1))
     dtype: tl.constexpr = gate.dtype.element_ty
     gate_b, gate_rank, gate_factor = load_adapter(
         span, gate_table, dtype, False, ALIGNED
@@ -76,9 +78,13 @@ def adapted_gate_backward_kernel(
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gate and up in their places, and the product in the place of its gradient."""
-    first, span, gate_table = load_tile(tiles, spans, gate_tables, table_stride)
-    _, _, up_table = load_tile(tiles, spans, up_tables, table_stride)
-    _, _, down_table = load_tile(tiles, spans, down_tables, table_stride)
+    first, span, gate_table = load_tile(
+        tiles, spans, gate_tables, table_stride, tl.program_id(1)
+    )
+    _, _, up_table = load_tile(tiles, spans, up_tables, table_stride, tl.program_id(1))
+    _, _, down_table = load_tile(
+        tiles, spans, down_tables, table_stride, tl.program_id(1)
+    )
     dtype: tl.constexpr = gate.dtype.element_ty
     gate_b, gate_rank, gate_factor = load_adapter(
         span, gate_table, dtype, False, ALIGNED

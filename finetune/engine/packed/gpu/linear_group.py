@@ -132,20 +132,9 @@ class LinearGroup:
         """
         if shrunk is None:
             return None
-        # Rows of layers without any adapter stay uninitialised: no kernel reads them.
-        grad_shrunk = torch.empty_like(shrunk)
-        for number, name in enumerate(self.names):
-            if name not in context.adapted_layers:
-                continue
-            row = self.table_row + number
-            lowrank.expand_backward(
-                grad_outputs[number],
-                shrunk[number],
-                grad_shrunk[number],
-                context.adapters,
-                row,
-            )
-        return grad_shrunk
+        return lowrank.expand_backward(
+            grad_outputs, shrunk, context.adapters, self.table_row
+        )
 
     def backward(
         self,

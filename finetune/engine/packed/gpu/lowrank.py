@@ -14,10 +14,14 @@ import triton
 from finetune.engine.packed.gpu.adapter_tables import AdapterTables
 from finetune.engine.packed.gpu.launch import launch
 from finetune.engine.packed.gpu.lowrank_kernels import (
+    expand_backward_kernel,
     expand_kernel,
+    gradient_a_kernel,
     shrink_kernel,
-    weight_gradient_kernel,
 )
+
+MAX_LAYERS = 4
+"""Layers with the same input: queries, keys or decays, values and a gate."""
 
 
 def shrink(
@@ -37,20 +41,33 @@ def shrink(
     Returns:
         [count, tokens, rank]; uninitialised where a slot has no adapter on a layer.
     """
-    shrunk = torch.empty(
-        count,
-        len(x),
-        tables.rank,
-        dtype=x.dtype,
-        device=x.device,
-    )
-    _launch_shrink(
+    rank = tables.rank
+    shrunk = torch.empty(count, len(x), rank, dtype=x.dtype, device=x.device)
+    # The first layer's; the kernel goes on to the rows behind it.
+    table = tables.layers[layer]
+    rank_block = min(rank, 128)
+    if tables.has_dropout and tables.tile_tokens == 64:
+        inner_block, warps, stages = 64, 4, 4
+    elif tables.tile_tokens == 64:
+        inner_block, warps, stages = 128, 8, 3
+    else:
+        inner_block, warps, stages = 256, 8, 2
+    rank_blocks = rank // rank_block
+    grid = (count * rank_blocks, len(tables.tiles), 1)
+    arguments = (
         x,
         shrunk,
-        tables,
-        layer,
-        through_b=False,
+        table,
+        tables.spans,
+        tables.tiles,
+        table.stride(0),
+        x.shape[1],
+        len(x),
     )
+    constants = (
+        tables.has_dropout, tables.aligned, rank, tables.tile_tokens, rank_block, inner_block,
+    )  # fmt: skip
+    launch(shrink_kernel, grid, arguments, constants, warps, stages)
     return shrunk
 
 
@@ -112,35 +129,74 @@ def add_expanded(
 
 
 def expand_backward(
-    grad_output: torch.Tensor,
+    grad_outputs: list[torch.Tensor],
     shrunk: torch.Tensor,
-    grad_shrunk: torch.Tensor,
     tables: AdapterTables,
     layer: int,
-) -> None:
-    """Compute the gradients of `expand`; those of B replace the ones in the slots.
+) -> torch.Tensor:
+    """Compute the gradients of `expand` for layers with the same input.
+
+    Those of B replace the ones in the slots.
 
     Args:
-        grad_output: Gradient of the layer's output [tokens, out_features].
-        shrunk: The layer's from `shrink` [tokens, rank].
-        grad_shrunk: Receives the gradient of `shrunk` [tokens, rank].
+        grad_outputs: Gradients of the layers' outputs [tokens, out_features], at most MAX_LAYERS.
+        shrunk: From `shrink` [layers, tokens, rank].
         tables: The slots.
-        layer: The layer's row in the slots' tables.
+        layer: First layer, a row of the slots' tables.
+
+    Returns:
+        The gradient of `shrunk` [layers, tokens, rank]; uninitialised where that is.
     """
-    _launch_weight_gradient(
-        grad_output,
-        shrunk[None],
-        tables,
-        layer,
-        of_b=True,
+    grad_shrunk = torch.empty_like(shrunk)
+    count, tokens, rank = shrunk.shape
+    table = tables.layers[layer]
+    widths = [grad.shape[1] for grad in grad_outputs]
+    # Any tensor, where the kernel does not read it.
+    unused = MAX_LAYERS - count
+    tile_rank_block = min(rank, 128)
+    rank_block = min(rank, 64)
+    token_block = 64
+    inner_block, outer_block, stages = _blocks_of_gradients(tables, max(widths))
+    outer_blocks = triton.cdiv(max(widths), outer_block)
+    tile_programs = len(tables.tiles) * count * (rank // tile_rank_block)
+    block_programs = len(tables.spans) * count * outer_blocks * (rank // rank_block)
+    arguments = (
+        *grad_outputs,
+        *[grad_outputs[0]] * unused,
+        shrunk,
+        grad_shrunk,
+        table,
+        tables.spans,
+        tables.tiles,
+        table.stride(0),
+        *widths,
+        *[widths[0]] * unused,
+        tokens,
+        len(tables.tiles),
+        outer_blocks,
     )
-    _launch_shrink(
-        grad_output,
-        grad_shrunk[None],
-        tables,
-        layer,
-        through_b=True,
-    )
+    constants = (
+        count, tables.aligned, rank, tables.tile_tokens, tile_rank_block, inner_block,
+        token_block, rank_block, outer_block,
+    )  # fmt: skip
+    grid = (tile_programs + block_programs, 1, 1)
+    launch(expand_backward_kernel, grid, arguments, constants, stages=stages)
+    return grad_shrunk
+
+
+def _blocks_of_gradients(tables: AdapterTables, width: int) -> tuple[int, int, int]:
+    """Return the columns of a tile, those of a block of B, and the stages of pipelining.
+
+    Measured on an H200.
+    """
+    # A stage has a tile, and as many rows of B: with more the smallest card has too little memory.
+    fewer = 0 if tables.rank <= 64 else 1
+    if tables.tile_tokens < 64:
+        return 256, 64, 3 - fewer
+    # Many small programs where large ones would leave multiprocessors idle.
+    if width < 1024:
+        return 64, 64, 4 - fewer
+    return 128, 128, 4 - fewer
 
 
 def shrink_backward(
@@ -185,51 +241,30 @@ def shrink_weight_gradient(
         tables: The slots.
         layer: First layer, a row of the slots' tables.
     """
-    _launch_weight_gradient(
-        x,
-        grad_shrunk,
-        tables,
-        layer,
-        of_b=False,
-    )
-
-
-def _launch_shrink(
-    x: torch.Tensor,
-    shrunk: torch.Tensor,
-    tables: AdapterTables,
-    layer: int,
-    through_b: bool,
-) -> None:
-    count, tokens, rank = shrunk.shape
+    count, tokens, rank = grad_shrunk.shape
     width = x.shape[1]
-    # The first layer's; the kernel goes on to the rows behind it.
     table = tables.layers[layer]
-    rank_block = min(rank, 128)
-    # Dropout falls on the input of A. What goes through B here is a gradient of the output.
-    dropout = tables.has_dropout and not through_b
-    if dropout and tables.tile_tokens == 64:
-        inner_block, warps, stages = 64, 4, 4
-    elif tables.tile_tokens == 64:
-        inner_block, warps, stages = 128, 8, 3
-    else:
-        inner_block, warps, stages = 256, 8, 2
+    token_block = 64
+    rank_block = min(rank, 64)
+    outer_block = 64
     rank_blocks = rank // rank_block
-    grid = (count * rank_blocks, len(tables.tiles), 1)
-    arguments = (
-        x,
-        shrunk,
-        table,
-        tables.spans,
-        tables.tiles,
-        table.stride(0),
-        width,
-        tokens,
+    # By slot, not by tile: a program sums over all tokens of a slot, so no two programs add to the
+    # same element.
+    grid = (
+        count * rank_blocks,
+        triton.cdiv(width, outer_block),
+        len(tables.spans),
     )
+    arguments = (x, grad_shrunk, table, tables.spans, table.stride(0), width, tokens)
     constants = (
-        through_b, dropout, tables.aligned, rank, tables.tile_tokens, rank_block, inner_block,
-    )  # fmt: skip
-    launch(shrink_kernel, grid, arguments, constants, warps, stages)
+        tables.has_dropout,
+        tables.aligned,
+        rank,
+        token_block,
+        rank_block,
+        outer_block,
+    )
+    launch(gradient_a_kernel, grid, arguments, constants)
 
 
 def _launch_expand(
@@ -265,36 +300,3 @@ def _launch_expand(
         tables.tile_tokens, rank_block, outer_block,
     )  # fmt: skip
     launch(expand_kernel, grid, arguments, constants, stages=2)
-
-
-def _launch_weight_gradient(
-    x: torch.Tensor,
-    shrunk: torch.Tensor,
-    tables: AdapterTables,
-    layer: int,
-    of_b: bool,
-) -> None:
-    count, tokens, rank = shrunk.shape
-    width = x.shape[1]
-    table = tables.layers[layer]
-    token_block = 64
-    rank_block = min(rank, 64)
-    outer_block = 64
-    # A's gradient is a product with its input after dropout; B's input has none.
-    dropout = tables.has_dropout and not of_b
-    rank_blocks = rank // rank_block
-    outer_blocks = triton.cdiv(width, outer_block)
-    # By slot, not by tile: a program sums over all tokens of a slot, so no two programs add to the
-    # same element.
-    grid = (count * rank_blocks, outer_blocks, len(tables.spans))
-    arguments = (x, shrunk, table, tables.spans, table.stride(0), width, tokens)
-    constants = (
-        of_b,
-        dropout,
-        tables.aligned,
-        rank,
-        token_block,
-        rank_block,
-        outer_block,
-    )
-    launch(weight_gradient_kernel, grid, arguments, constants)

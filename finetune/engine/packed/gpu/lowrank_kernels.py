@@ -121,9 +121,10 @@ def load_tile(
     spans,
     tables,
     stride,
+    number,
 ):
-    """This program's first token, and the rows of its slot in both tables."""
-    tile = tiles + 2 * tl.program_id(1)
+    """A tile's first token, and the rows of its slot in both tables."""
+    tile = tiles + 2 * number
     slot = tl.load(tile)
     first_token = tl.load(tile + 1)
     return first_token, spans + 4 * slot, tables + slot * stride
@@ -144,37 +145,14 @@ def _load_elements(
     return tl.load(x + offsets, mask=mask, other=0.0)
 
 
-# Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
-@triton.jit(do_not_specialize=["token_count"])
-def shrink_kernel(
-    x, shrunk, tables, spans, tiles, stride, width, token_count,
-    THROUGH_B: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
-    TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr, INNER_BLOCK: tl.constexpr,
+@triton.jit
+def _shrink_tile(
+    x, width, weight, rank, ranks, tokens, token_mask, start, span, table,
+    THROUGH_B: tl.constexpr, DROPOUT: tl.constexpr, TOKENS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, INNER_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """shrunk = x Aᵀ of one layer for a tile of tokens; THROUGH_B: scaling · x B, its gradient."""
-    first, span, table = load_tile(tiles, spans, tables, stride)
-    # Programs that read the same tokens are next to each other, so that a cache may hold them.
-    rank_blocks: tl.constexpr = RANK // RANK_BLOCK
-    layer = tl.program_id(0) // rank_blocks
-    first_rank = tl.program_id(0) % rank_blocks * RANK_BLOCK
-    table += 8 * layer
-    # The slot may have no adapter on this layer.
-    rank = _load_rank(table, ALIGNED)
-    if rank == 0:
-        return
-    start = tl.load(span)
-    stop = tl.load(span + 1)
-    # 64 bits: tokens times width may be too large for 32.
-    tokens = first.to(tl.int64) + tl.arange(0, TOKENS)
-    token_mask = tokens < stop
-    ranks = first_rank + tl.arange(0, RANK_BLOCK)
+    """x Aᵀ for a tile of tokens, THROUGH_B: x B [TOKENS, RANK_BLOCK], float32."""
     total = tl.zeros((TOKENS, RANK_BLOCK), dtype=tl.float32)
-    dtype: tl.constexpr = x.dtype.element_ty
-    weight = (
-        _matrix_b(table, dtype, ALIGNED)
-        if THROUGH_B
-        else _matrix_a(table, dtype, ALIGNED)
-    )
     for begin in range(0, width, INNER_BLOCK):
         inner = begin + tl.arange(0, INNER_BLOCK)
         inner_mask = inner < width
@@ -199,8 +177,38 @@ def shrink_kernel(
             total,
             input_precision="ieee",
         )
-    if THROUGH_B:
-        total *= _load_scaling(span, table)
+    return total
+
+
+# Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
+@triton.jit(do_not_specialize=["token_count"])
+def shrink_kernel(
+    x, shrunk, tables, spans, tiles, stride, width, token_count,
+    DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, INNER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """shrunk = x Aᵀ of one layer for a tile of tokens."""
+    first, span, table = load_tile(tiles, spans, tables, stride, tl.program_id(1))
+    # Programs that read the same tokens are next to each other, so that a cache may hold them.
+    rank_blocks: tl.constexpr = RANK // RANK_BLOCK
+    layer = tl.program_id(0) // rank_blocks
+    first_rank = tl.program_id(0) % rank_blocks * RANK_BLOCK
+    table += 8 * layer
+    # The slot may have no adapter on this layer.
+    rank = _load_rank(table, ALIGNED)
+    if rank == 0:
+        return
+    start = tl.load(span)
+    stop = tl.load(span + 1)
+    # 64 bits: tokens times width may be too large for 32.
+    tokens = first.to(tl.int64) + tl.arange(0, TOKENS)
+    token_mask = tokens < stop
+    ranks = first_rank + tl.arange(0, RANK_BLOCK)
+    weight = _matrix_a(table, x.dtype.element_ty, ALIGNED)
+    total = _shrink_tile(
+        x, width, weight, rank, ranks, tokens, token_mask, start, span, table,
+        False, DROPOUT, TOKENS, RANK_BLOCK, INNER_BLOCK
+    )  # fmt: skip
     rows = layer.to(tl.int64) * token_count + tokens[:, None]
     store_rounded(
         shrunk,
@@ -280,7 +288,7 @@ def expand_kernel(
 
     ADDS: that and y are added to the residual instead.
     """
-    first, span, table = load_tile(tiles, spans, tables, stride)
+    first, span, table = load_tile(tiles, spans, tables, stride, tl.program_id(1))
     stop = tl.load(span + 1)
     tokens = first.to(tl.int64) + tl.arange(0, TOKENS)
     token_mask = tokens < stop
@@ -308,30 +316,13 @@ def expand_kernel(
         store_rounded(y, offsets, result, mask)
 
 
-# Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
-@triton.jit(do_not_specialize=["token_count"])
-def weight_gradient_kernel(
-    x, shrunk, tables, spans, stride, width, token_count,
-    OF_B: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
-    TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr, OUTER_BLOCK: tl.constexpr,
+@triton.jit
+def _weight_gradient(
+    x, width, shrunk, outer, outer_mask, ranks, start, stop, span, table,
+    DROPOUT: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    OUTER_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of A: shrunkᵀ x over a slot's tokens; OF_B: of B, scaling · xᵀ shrunk."""
-    slot = tl.program_id(2)
-    # Programs that read the same tokens are next to each other, so that a cache may hold them.
-    rank_blocks: tl.constexpr = RANK // RANK_BLOCK
-    layer = tl.program_id(0) // rank_blocks
-    first_rank = tl.program_id(0) % rank_blocks * RANK_BLOCK
-    span = spans + 4 * slot
-    table = tables + slot * stride + 8 * layer
-    rank = _load_rank(table, ALIGNED)
-    if rank == 0:
-        return
-    start = tl.load(span)
-    stop = tl.load(span + 1)
-    outer = tl.program_id(1) * OUTER_BLOCK + tl.arange(0, OUTER_BLOCK)
-    outer_mask = outer < width
-    ranks = first_rank + tl.arange(0, RANK_BLOCK)
-    shrunk += layer.to(tl.int64) * token_count * RANK
+    """xᵀ shrunk over a slot's tokens [OUTER_BLOCK, RANK_BLOCK], float32."""
     total = tl.zeros((OUTER_BLOCK, RANK_BLOCK), dtype=tl.float32)
     for begin in range(start, stop, TOKENS):
         tokens = begin + tl.arange(0, TOKENS)
@@ -353,13 +344,125 @@ def weight_gradient_kernel(
             total,
             input_precision="ieee",
         )
-    # For A the scaling is in `shrunk` already, which holds the gradient that came through B.
-    if OF_B:
-        total *= _load_scaling(span, table)
-        gradient = _gradient_b(table, ALIGNED)
-        gradient_offsets = outer[:, None] * rank + ranks[None, :]
-    else:
-        gradient = _gradient_a(table, ALIGNED)
-        gradient_offsets = ranks[None, :] * width + outer[:, None]
+    return total
+
+
+# Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
+@triton.jit(do_not_specialize=["token_count"])
+def gradient_a_kernel(
+    x, grad_shrunk, tables, spans, stride, width, token_count,
+    DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, OUTER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of A of one layer: grad_shrunkᵀ x over a slot's tokens."""
+    slot = tl.program_id(2)
+    # Programs that read the same tokens are next to each other, so that a cache may hold them.
+    rank_blocks: tl.constexpr = RANK // RANK_BLOCK
+    layer = tl.program_id(0) // rank_blocks
+    first_rank = tl.program_id(0) % rank_blocks * RANK_BLOCK
+    span = spans + 4 * slot
+    table = tables + slot * stride + 8 * layer
+    rank = _load_rank(table, ALIGNED)
+    if rank == 0:
+        return
+    outer = tl.program_id(1) * OUTER_BLOCK + tl.arange(0, OUTER_BLOCK)
+    outer_mask = outer < width
+    ranks = first_rank + tl.arange(0, RANK_BLOCK)
+    grad_shrunk += layer.to(tl.int64) * token_count * RANK
+    total = _weight_gradient(
+        x, width, grad_shrunk, outer, outer_mask, ranks, tl.load(span), tl.load(span + 1),
+        span, table, DROPOUT, RANK, TOKENS, RANK_BLOCK, OUTER_BLOCK
+    )  # fmt: skip
+    # The scaling is in `grad_shrunk` already, which came through B.
+    gradient_offsets = ranks[None, :] * width + outer[:, None]
     mask = outer_mask[:, None] & (ranks < rank)[None, :]
-    tl.store(gradient + gradient_offsets, total, mask=mask)
+    tl.store(_gradient_a(table, ALIGNED) + gradient_offsets, total, mask=mask)
+
+
+@triton.jit
+def _of_layer(layer, first, second, third, fourth):
+    """One of four values."""
+    value = first
+    if layer == 1:
+        value = second
+    if layer == 2:
+        value = third
+    if layer == 3:
+        value = fourth
+    return value
+
+
+# Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
+@triton.jit(do_not_specialize=["token_count", "tile_count", "outer_blocks"])
+def expand_backward_kernel(
+    grad_0, grad_1, grad_2, grad_3, shrunk, grad_shrunk, tables, spans, tiles, stride,
+    width_0, width_1, width_2, width_3, token_count, tile_count, outer_blocks,
+    LAYERS: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr, TILE_TOKENS: tl.constexpr,
+    TILE_RANK_BLOCK: tl.constexpr, INNER_BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, OUTER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `expand_kernel` for layers with the same input: of `shrunk` and of B.
+
+    Some programs compute grad_shrunk = scaling · grad B for a tile of tokens, others scaling ·
+    gradᵀ shrunk for a block of a slot's B. Both read all of `grad`: they alternate, in the order of
+    the slots, so that what one has read is still in the cache for the other.
+    """
+    dtype: tl.constexpr = grad_0.dtype.element_ty
+    tile_rank_blocks: tl.constexpr = RANK // TILE_RANK_BLOCK
+    tile_programs = tile_count * LAYERS * tile_rank_blocks
+    program = tl.program_id(0)
+    # 64 bits: the product of the numbers may be too large for 32.
+    earlier = program.to(tl.int64) * tile_programs
+    number = (earlier // tl.num_programs(0)).to(tl.int32)
+    following = ((earlier + tile_programs) // tl.num_programs(0)).to(tl.int32)
+    if following > number:
+        layer = number // tile_rank_blocks % LAYERS
+        first, span, table = load_tile(
+            tiles, spans, tables, stride, number // (LAYERS * tile_rank_blocks)
+        )
+        table += 8 * layer
+        rank = _load_rank(table, ALIGNED)
+        if rank > 0:
+            grad = _of_layer(layer, grad_0, grad_1, grad_2, grad_3)
+            width = _of_layer(layer, width_0, width_1, width_2, width_3)
+            tokens = first.to(tl.int64) + tl.arange(0, TILE_TOKENS)
+            token_mask = tokens < tl.load(span + 1)
+            first_rank = number % tile_rank_blocks * TILE_RANK_BLOCK
+            tile_ranks = first_rank + tl.arange(0, TILE_RANK_BLOCK)
+            total = _shrink_tile(
+                grad, width, _matrix_b(table, dtype, ALIGNED), rank, tile_ranks, tokens,
+                token_mask, 0, span, table, True, False, TILE_TOKENS, TILE_RANK_BLOCK,
+                INNER_BLOCK
+            )  # fmt: skip
+            total *= _load_scaling(span, table)
+            rows = layer.to(tl.int64) * token_count + tokens[:, None]
+            offsets = rows * RANK + tile_ranks[None, :]
+            store_rounded(grad_shrunk, offsets, total, token_mask[:, None])
+    else:
+        # Of the programs before this one, `number` are those of tiles.
+        block = program - number
+        rank_blocks: tl.constexpr = RANK // RANK_BLOCK
+        first_rank = block % rank_blocks * RANK_BLOCK
+        block = block // rank_blocks
+        layer = block // outer_blocks % LAYERS
+        slot = block // (outer_blocks * LAYERS)
+        span = spans + 4 * slot
+        table = tables + slot * stride + 8 * layer
+        rank = _load_rank(table, ALIGNED)
+        width = _of_layer(layer, width_0, width_1, width_2, width_3)
+        # The blocks of the widest layer are more than others have.
+        if (rank > 0) & (block % outer_blocks * OUTER_BLOCK < width):
+            grad = _of_layer(layer, grad_0, grad_1, grad_2, grad_3)
+            outer = block % outer_blocks * OUTER_BLOCK + tl.arange(0, OUTER_BLOCK)
+            outer_mask = outer < width
+            ranks = first_rank + tl.arange(0, RANK_BLOCK)
+            start = tl.load(span)
+            stop = tl.load(span + 1)
+            total = _weight_gradient(
+                grad, width, shrunk + layer.to(tl.int64) * token_count * RANK, outer, outer_mask,
+                ranks, start, stop, span, table, False, RANK, TOKENS, RANK_BLOCK, OUTER_BLOCK
+            )  # fmt: skip
+            total *= _load_scaling(span, table)
+            gradient_offsets = outer[:, None] * rank + ranks[None, :]
+            mask = outer_mask[:, None] & (ranks < rank)[None, :]
+            tl.store(_gradient_b(table, ALIGNED) + gradient_offsets, total, mask=mask)
