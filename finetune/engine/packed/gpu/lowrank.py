@@ -46,12 +46,10 @@ def shrink(
     # The first layer's; the kernel goes on to the rows behind it.
     table = tables.layers[layer]
     rank_block = min(rank, 128)
-    if tables.has_dropout and tables.tile_tokens == 64:
-        inner_block, warps, stages = 64, 4, 4
-    elif tables.tile_tokens == 64:
-        inner_block, warps, stages = 128, 8, 3
-    else:
-        inner_block, warps, stages = 256, 8, 2
+    # Measured on an H200, as the other sizes of blocks here.
+    inner_block, stages = 64, 4
+    if tables.tile_tokens < 64:
+        inner_block, stages = 256, _stages_of_wide_tiles(tables)
     rank_blocks = rank // rank_block
     grid = (count * rank_blocks, len(tables.tiles), 1)
     arguments = (
@@ -67,7 +65,7 @@ def shrink(
     constants = (
         tables.has_dropout, tables.aligned, rank, tables.tile_tokens, rank_block, inner_block,
     )  # fmt: skip
-    launch(shrink_kernel, grid, arguments, constants, warps, stages)
+    launch(shrink_kernel, grid, arguments, constants, stages=stages)
     return shrunk
 
 
@@ -185,18 +183,23 @@ def expand_backward(
 
 
 def _blocks_of_gradients(tables: AdapterTables, width: int) -> tuple[int, int, int]:
-    """Return the columns of a tile, those of a block of B, and the stages of pipelining.
-
-    Measured on an H200.
-    """
-    # A stage has a tile, and as many rows of B: with more the smallest card has too little memory.
-    fewer = 0 if tables.rank <= 64 else 1
+    """Return the columns of a tile, those of a block of B, and the stages of pipelining."""
+    stages = _stages_of_wide_tiles(tables)
     if tables.tile_tokens < 64:
-        return 256, 64, 3 - fewer
+        return 256, 64, stages
     # Many small programs where large ones would leave multiprocessors idle.
     if width < 1024:
-        return 64, 64, 4 - fewer
-    return 128, 128, 4 - fewer
+        return 64, 64, stages + 1
+    return 128, 128, stages + 1
+
+
+def _stages_of_wide_tiles(tables: AdapterTables) -> int:
+    """Return the stages of pipelining for tiles of 256 columns; narrower ones may have one more.
+
+    A stage has a tile, and as many rows of A or B as the tile has columns: with more stages the
+    smallest card has too little shared memory.
+    """
+    return 3 if tables.rank <= 64 else 2
 
 
 def shrink_backward(
@@ -246,7 +249,7 @@ def shrink_weight_gradient(
     table = tables.layers[layer]
     token_block = 64
     rank_block = min(rank, 64)
-    outer_block = 64
+    outer_block = 64 if tables.tile_tokens < 64 else 128
     rank_blocks = rank // rank_block
     # By slot, not by tile: a program sums over all tokens of a slot, so no two programs add to the
     # same element.
