@@ -61,6 +61,14 @@ def keep_random_state() -> Iterator[None]:
             torch.set_rng_state(state)
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw an adapter's weights from PyTorch's global generator, seeded, in the block."""
+    with _SEED_LOCK:
+        torch.manual_seed(seed)
+        yield
+
+
 def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "PeftModel":
     """Add a fresh LoRA adapter in float32 to a base.
 
@@ -85,9 +93,8 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     patterns = [_exclusion(config.exclude_modules), *excluded_modules(model, lora)]
     config.exclude_modules = "|".join(filter(None, patterns)) or None
     show_expert_shapes(model)
-    with _SEED_LOCK, without_peft_notes():
-        # Directly before the weights are drawn: the same seed must give the same adapter.
-        torch.manual_seed(seed)
+    # Directly before the weights are drawn: the same seed must give the same adapter.
+    with without_peft_notes(), seeded(seed):
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
