@@ -5,6 +5,7 @@ the visible GPUs (see `device.select_gpus`).
 """
 
 import contextlib
+import functools
 import re
 import threading
 import warnings
@@ -20,7 +21,7 @@ from finetune.console import summary_line
 from finetune.data.encoding import Encoder
 from finetune.errors import ConfigError, is_out_of_memory_error, refusal
 from finetune.files.atomic import name_file_in_errors, replace_folder
-from finetune.model.adapter_files import WEIGHTS
+from finetune.model.adapter_files import MODEL_CARD, WEIGHTS
 from finetune.model.expert_adapters import show_expert_shapes, use_expert_adapters
 from finetune.model.lora_config import lora_config
 from finetune.model.origin import (
@@ -151,12 +152,23 @@ def save_adapter(
     generation_config = generation_config_with_ends(model.get_base_model(), ends)
     with replace_folder(folder) as draft:
         with name_file_in_errors(draft), public_base_name(model):
+            draft.mkdir(parents=True)
+            # PEFT completes a card that is there; it takes longer to make a blank one each time.
+            (draft / MODEL_CARD).write_text(_blank_card(), encoding="utf-8")
             model.save_pretrained(draft, save_embedding_layers=False)
         names = published_names_of(model.get_base_model())
         if names is not None:
             rename_for_published(draft, model, names)
         write_generation_config(generation_config, draft)
         save_tokenizer(tokenizer, draft)
+
+
+@functools.cache
+def _blank_card() -> str:
+    """Return the model card that PEFT begins with."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return str(ModelCard.from_template(ModelCardData()))
 
 
 def load_adapter(model: "PeftModel", folder: Path) -> None:
