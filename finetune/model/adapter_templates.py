@@ -55,11 +55,17 @@ class AdapterTemplates:
         return self._templates[key]
 
     def _make_template(self, lora: LoraSettings) -> "_Template | None":
+        from peft.tuners.lora import Linear, LoraLayer
+
         # Of rank 1, because its weights stay in memory.
         smallest = dataclasses.replace(lora, r=1)
         model = add_adapter(self._create_skeleton(), smallest, seed=0)
+        layers = [each for each in model.modules() if isinstance(each, LoraLayer)]
+        # PEFT draws those of experts in another way.
+        if not all(isinstance(layer, Linear) for layer in layers):
+            return None
         try:
-            return _Template(model)
+            return _Template(model, layers)
         # A base's code may have given its modules functions that can't be pickled.
         except (pickle.PicklingError, AttributeError, TypeError):
             return None
@@ -78,18 +84,16 @@ def _is_plain(lora: LoraSettings) -> bool:
 class _Template:
     """An adapted model that is copied. Copies share its frozen weights."""
 
-    def __init__(self, model: "PeftModel") -> None:
-        """Pickle a model in memory, which is six times faster to copy than by `deepcopy`.
+    def __init__(self, model: "PeftModel", layers: "list[LoraLayer]") -> None:
+        """Pickle a model in memory: it is copied six times faster than by `deepcopy`.
 
         Args:
-            model: On a model without weights.
+            model: The adapter on a model without weights.
+            layers: Its adapted layers, in the order in which PEFT draws their weights.
 
         Raises:
             PicklingError, AttributeError, TypeError: It holds something that can't be pickled.
         """
-        from peft.tuners.lora import LoraLayer
-
-        layers = [each for each in model.modules() if isinstance(each, LoraLayer)]
         stream = io.BytesIO()
         pickler = _TensorsApart(stream, pickle.HIGHEST_PROTOCOL)
         pickler.dump((model, layers))
