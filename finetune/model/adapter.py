@@ -5,6 +5,7 @@ the visible GPUs (see `device.select_gpus`).
 """
 
 import contextlib
+import functools
 import re
 import threading
 import warnings
@@ -20,7 +21,7 @@ from finetune.console import summary_line
 from finetune.data.encoding import Encoder
 from finetune.errors import ConfigError, is_out_of_memory_error, refusal
 from finetune.files.atomic import name_file_in_errors, replace_folder
-from finetune.model.adapter_files import WEIGHTS
+from finetune.model.adapter_files import MODEL_CARD, WEIGHTS
 from finetune.model.expert_adapters import show_expert_shapes, use_expert_adapters
 from finetune.model.lora_config import lora_config
 from finetune.model.origin import (
@@ -61,6 +62,14 @@ def keep_random_state() -> Iterator[None]:
             torch.set_rng_state(state)
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw an adapter's weights from PyTorch's global generator, seeded, in the block."""
+    with _SEED_LOCK:
+        torch.manual_seed(seed)
+        yield
+
+
 def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "PeftModel":
     """Add a fresh LoRA adapter in float32 to a base.
 
@@ -85,9 +94,8 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     patterns = [_exclusion(config.exclude_modules), *excluded_modules(model, lora)]
     config.exclude_modules = "|".join(filter(None, patterns)) or None
     show_expert_shapes(model)
-    with _SEED_LOCK, without_peft_notes():
-        # Directly before the weights are drawn: the same seed must give the same adapter.
-        torch.manual_seed(seed)
+    # Directly before the weights are drawn: the same seed must give the same adapter.
+    with without_peft_notes(), seeded(seed):
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
@@ -144,12 +152,23 @@ def save_adapter(
     generation_config = generation_config_with_ends(model.get_base_model(), ends)
     with replace_folder(folder) as draft:
         with name_file_in_errors(draft), public_base_name(model):
+            draft.mkdir(parents=True)
+            # PEFT completes a card that is there; it takes longer to make a blank one each time.
+            (draft / MODEL_CARD).write_text(_blank_card(), encoding="utf-8")
             model.save_pretrained(draft, save_embedding_layers=False)
         names = published_names_of(model.get_base_model())
         if names is not None:
             rename_for_published(draft, model, names)
         write_generation_config(generation_config, draft)
         save_tokenizer(tokenizer, draft)
+
+
+@functools.cache
+def _blank_card() -> str:
+    """Return the model card that PEFT begins with."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return str(ModelCard.from_template(ModelCardData()))
 
 
 def load_adapter(model: "PeftModel", folder: Path) -> None:

@@ -7,6 +7,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 WEIGHTS = "adapter_model.safetensors"
 
+MODEL_CARD = "README.md"
+
 
 def weights_digest(adapter: Path) -> str:
     """Return the SHA-256 of an adapter's weights."""

@@ -42,7 +42,8 @@ def run_as_job(
         task_config = _without_hydra(config)
         job = _begin_job(config, task_config)
         if config.hydra.output_subdir is not None:
-            _write_config_files(job, folder / config.hydra.output_subdir)
+            subdirectory = folder / config.hydra.output_subdir
+            _write_config_files(config, task_config, subdirectory)
         context.callbacks.on_job_start(config=config, task_function=task)
     try:
         # The task reads its config here. Its steps come later, between those of other jobs.
@@ -85,21 +86,22 @@ def _without_hydra(config: DictConfig) -> DictConfig:
 def _begin_job(config: DictConfig, task_config: DictConfig) -> JobReturn:
     job = JobReturn()
     job.cfg = task_config
-    job.hydra_cfg = deepcopy(config)
+    job.hydra_cfg = config
     job.overrides = list(config.hydra.overrides.task)
     job.task_name = config.hydra.job.name
     job.working_dir = str(Path.cwd())
     return job
 
 
-def _write_config_files(job: JobReturn, folder: Path) -> None:
+def _write_config_files(
+    config: DictConfig, task_config: DictConfig, folder: Path
+) -> None:
     """Write `config.yaml`, `hydra.yaml` and `overrides.yaml`, as Hydra does for each job."""
-    assert job.hydra_cfg is not None
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
-        "config": job.cfg,
-        "hydra": OmegaConf.masked_copy(job.hydra_cfg, "hydra"),
-        "overrides": job.hydra_cfg.hydra.overrides.task,
+        "config": task_config,
+        "hydra": HydraConfig.instance().cfg,
+        "overrides": config.hydra.overrides.task,
     }
     for name, content in contents.items():
         text = OmegaConf.to_yaml(content)

@@ -22,6 +22,7 @@ from sweeps.space.overrides import SEED_REASON
 from sweeps.space.samplers import make_pruner, make_sampler
 from sweeps.space.settings import StudySettings
 from sweeps.space.space import Space
+from sweeps.study.composition import Composer
 from sweeps.study.engine_choice import EngineChoice
 from sweeps.study.final_time import reserved_seconds
 from sweeps.study.storage import resolve_address
@@ -76,14 +77,17 @@ class Session:
             f"hydra.sweep.dir={encode(str(self.folder))}",
             f"hydra.sweep.subdir=trials/{number}",
         ]
-        loader = self.hydra_context.config_loader
-        config = loader.load_sweep_config(self.config, [*overrides, *folders])
+        config = self._composer.compose([*overrides, *folders])
         # Hydra's launchers set both, and composing leaves them missing.
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
         resolve_study_eval_steps(config, self.common.trainer.eval_steps)
         return config
+
+    @functools.cached_property
+    def _composer(self) -> Composer:
+        return Composer(self.hydra_context.config_loader, self.config)
 
     @property
     def common_overrides(self) -> list[str]:

@@ -44,7 +44,7 @@ from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
 from finetune.engine.probes import Shortcut, model_type_of
 from finetune.errors import refusal
-from finetune.model.adapter import add_adapter
+from finetune.model.adapter_templates import AdapterTemplates
 from finetune.model.architectures import logit_transform_of
 from finetune.model.device import to_device
 from finetune.model.initial_adapter import load_initial_adapter
@@ -102,6 +102,7 @@ class Bank:
         """Whether passes are queued, and computed while the host goes on."""
         # A copy, because a pass changes the base's own config while it lasts.
         self._base_config = copy.deepcopy(base.config)
+        self._adapters = AdapterTemplates(self._skeleton)
         self._head = base.get_output_embeddings()
         self._head_device = self._head.weight.device
         self._stages = count_stages(base)
@@ -137,7 +138,8 @@ class Bank:
         Returns:
             The adapter on a copy of the base without weights.
         """
-        model = add_adapter(self._skeleton(), lora, seed)
+        model = self._adapters.create(lora, seed)
+        share_origin(self.base, model.get_base_model())
         if lora.use_dora:
             set_magnitudes(model, self.base)
         load_initial_adapter(model, lora)
@@ -223,7 +225,6 @@ class Bank:
                     bias = self.base.get_submodule(name).bias
                     copied = bias.detach().to("cpu", torch.float32, copy=True)
                     module.bias = torch.nn.Parameter(copied, requires_grad=False)
-        share_origin(self.base, skeleton)
         return skeleton
 
     @property

@@ -5,6 +5,7 @@ slots' gradient vectors; autograd sees only the input and the output of the laye
 """
 
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,8 +59,7 @@ class Adapter:
         addresses = [tensor.data_ptr() for tensor in tensors]
         rank = len(self.a)
         # The table has integers only: the float's bits are one of them.
-        scaling = torch.tensor(self.scaling, dtype=torch.float64)
-        scaling_bits = int(scaling.view(torch.int64))
+        (scaling_bits,) = struct.unpack("q", struct.pack("d", self.scaling))
         return [*addresses, rank, self.number, scaling_bits, 0]
 
 

@@ -1,5 +1,6 @@
 """The LoRA adapter: precision, seeds, target modules, saving and loading."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,30 @@ def test_load_adapter_restores_the_saved_weights_exactly(
     assert all(
         torch.equal(weight, saved[name]) for name, weight in trainable(model).items()
     )
+
+
+def test_a_saved_adapter_has_pefts_and_the_tokenizers_own_files(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Each of them, however often adapters of the same base are saved."""
+    from transformers import AutoTokenizer
+
+    from finetune.model.adapter import save_adapter
+    from finetune.model.origin import public_base_name
+
+    config = tiny("quantization=none")
+    model, tokenizer = load(config), load_tokenizer(config)
+    for name in ("first", "second"):
+        wake(model)
+        save_adapter(model, tokenizer, tmp_path / name)
+        with public_base_name(model):
+            model.save_pretrained(tmp_path / "expected", save_embedding_layers=False)
+        unchanged = AutoTokenizer.from_pretrained(config.model.name_or_path)
+        unchanged.save_pretrained(tmp_path / "expected")
+        expected = {path.name for path in (tmp_path / "expected").iterdir()}
+        saved = {path.name for path in (tmp_path / name).iterdir()}
+        assert saved == expected | {"generation_config.json"}
+        for file in expected:
+            content = (tmp_path / "expected" / file).read_bytes()
+            assert (tmp_path / name / file).read_bytes() == content, file
+        shutil.rmtree(tmp_path / "expected")

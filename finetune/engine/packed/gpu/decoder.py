@@ -121,11 +121,10 @@ class Decoder:
     def attach(self, slot: "Slot") -> None:
         """Set `slot.kernel_table`."""
         # All zero in the row of a layer without an adapter: rank 0 stands for none.
-        table = torch.zeros(len(self._table_rows), COLUMNS, dtype=torch.int64)
+        rows = [[0] * COLUMNS for _ in self._table_rows]
         for name, adapter in slot.adapters.items():
-            row = self._table_rows[name]
-            table[row] = torch.tensor(adapter.table_row())
-        slot.kernel_table = SlotTable.of(table, slot.vector.device)
+            rows[self._table_rows[name]] = adapter.table_row()
+        slot.kernel_table = SlotTable.of(torch.tensor(rows), slot.vector.device)
 
     @torch.no_grad()
     def forward(

@@ -1,0 +1,127 @@
+"""Adapters of slots are copied from a template: each is PEFT's own, bit for bit."""
+
+import re
+from typing import Any
+
+import pytest
+from support.architectures import PACKED, packed_model
+from support.models import load_tokenizer
+from support.runs import NONE, Tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SETTINGS = {
+    "rank": ["lora.r=3", "lora.alpha=5"],
+    "fraction": ["lora.alpha=0.3", "lora.dropout=0.1"],
+    "rsLoRA": ["lora.r=5", "lora.use_rslora=true"],
+    "gaussian": ["lora.init_lora_weights=gaussian"],
+    "random B": ["lora.init_lora_weights=false"],
+    "some layers": ["lora.target_modules=[q_proj,v_proj]"],
+    "patterns": ["+lora.extra.rank_pattern={q_proj:4}"],
+    "DoRA": ["lora.use_dora=true"],
+    "biases": ["lora.bias=lora_only"],
+}
+
+
+def make_bank(architecture: str, tiny: Tiny) -> Any:
+    from finetune.engine.packed.bank import Bank
+
+    config = tiny(NONE)
+    tokenizer = load_tokenizer(config)
+    base = packed_model(architecture, len(tokenizer), tokenizer.eos_token_id)
+    return Bank(base, config)
+
+
+def require_same(model: Any, expected: Any) -> None:
+    """Compare weights, modules, their plain values, and PEFT's config."""
+    import torch
+
+    assert repr(model) == repr(expected)
+    weights = dict(model.named_parameters())
+    for name, weight in expected.named_parameters():
+        assert weights[name].requires_grad == weight.requires_grad
+        assert weights[name].shape == weight.shape
+        assert weights[name].dtype == weight.dtype
+        if weight.requires_grad:
+            assert torch.equal(weights[name], weight)
+    assert weights.keys() == dict(expected.named_parameters()).keys()
+    modules = dict(model.named_modules())
+    for name, module in expected.named_modules():
+        assert plain_values(modules[name]) == plain_values(module)
+    config = model.peft_config["default"]
+    assert config.to_dict() == expected.peft_config["default"].to_dict()
+
+
+def plain_values(module: Any) -> dict[str, Any]:
+    """What a module holds beside tensors and other modules."""
+    # PEFT's configs hold sets, whose order is no property of theirs.
+    left_out = ("_parameters", "_buffers", "peft_config")
+    plain = str | bool | int | float | dict | list | None
+    return {
+        name: re.sub(" at 0x[0-9a-f]+", "", repr(value))
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and name not in left_out
+    }
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_is_pefts_for_all_settings(name: str, tiny: Tiny) -> None:
+    from finetune.model.adapter import add_adapter
+    from finetune.model.adapter_templates import AdapterTemplates
+
+    bank = make_bank("Llama", tiny)
+    templates = AdapterTemplates(bank._skeleton)
+    # Another one of the same template comes first.
+    templates.create(tiny("lora.r=2", *SETTINGS[name][1:]).lora, 1)
+    lora = tiny(*SETTINGS[name]).lora
+    for seed in (0, 7):
+        expected = add_adapter(bank._skeleton(), lora, seed)
+        require_same(templates.create(lora, seed), expected)
+
+
+@pytest.mark.parametrize("architecture", PACKED)
+def test_it_is_pefts_on_every_architecture(architecture: str, tiny: Tiny) -> None:
+    from finetune.model.adapter import add_adapter
+
+    bank = make_bank(architecture, tiny)
+    lora = tiny("lora.dropout=0.1", "lora.r=4").lora
+    expected = add_adapter(bank._skeleton(), lora, 3)
+    require_same(bank.initialise_adapter(lora, 3), expected)
+    (template,) = bank._adapters._templates.values()
+    assert template is not None
+
+
+def test_slots_share_no_weights(tiny: Tiny) -> None:
+    bank = make_bank("Llama", tiny)
+    lora = tiny().lora
+    models = [bank.initialise_adapter(lora, seed) for seed in (0, 0)]
+    first, second = (
+        [weight for weight in model.parameters() if weight.requires_grad]
+        for model in models
+    )
+    assert len(first) == len(second) > 0
+    assert not {id(weight) for weight in first} & {id(weight) for weight in second}
+    addresses = {weight.data_ptr() for weight in first}
+    assert not addresses & {weight.data_ptr() for weight in second}
+
+
+def test_a_model_that_cannot_be_pickled_is_adapted_by_peft_each_time(
+    tiny: Tiny,
+) -> None:
+    from finetune.model.adapter import add_adapter
+    from finetune.model.adapter_templates import AdapterTemplates
+
+    bank = make_bank("Llama", tiny)
+
+    def skeleton() -> Any:
+        model = bank._skeleton()
+        model.activation = lambda x: x
+        return model
+
+    templates = AdapterTemplates(skeleton)
+    lora = tiny().lora
+    for seed in (0, 1):
+        expected = add_adapter(bank._skeleton(), lora, seed)
+        model = templates.create(lora, seed)
+        assert repr(model) == repr(expected)
+        assert model is not templates.create(lora, seed)
