@@ -115,3 +115,18 @@ def configs_of(tiny: Tiny, folder: Path, count: int, *more: str) -> list[RunConf
         )
         for number in range(count)
     ]
+
+
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt a run once, after some passes."""
+    from finetune.engine.packed.bank import Bank
+
+    original = Bank.forward_backward
+    passes = iter(range(1000))
+
+    def forward_backward(self: Any, requests: Any) -> Any:
+        if next(passes) == steps:
+            raise KeyboardInterrupt
+        return original(self, requests)
+
+    monkeypatch.setattr(Bank, "forward_backward", forward_backward)

@@ -5,7 +5,6 @@ The GPUs are pretended (`support.pretend_gpus`): an operation on tensors of two 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from support.pretend_gpus import GPUS, LABELS, pretend_gpus, spread
 from support.runs import final, losses
 from support.spread_bases import (
     configs_of,
+    interrupt_after,
     llama,
     load_on_pretend_gpus,
     train,
@@ -168,21 +168,6 @@ def test_a_run_goes_on_from_its_checkpoint(
     name = "eval/loss"
     metrics = [final(tmp_path / run)["metrics"][name] for run in ("alone", "spread")]
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
-
-
-def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupt a run once, after some passes."""
-    from finetune.engine.packed.bank import Bank
-
-    original = Bank.forward_backward
-    passes = iter(range(1000))
-
-    def forward_backward(self: Any, requests: Any) -> Any:
-        if next(passes) == steps:
-            raise KeyboardInterrupt
-        return original(self, requests)
-
-    monkeypatch.setattr(Bank, "forward_backward", forward_backward)
 
 
 def test_the_pretended_gpus_find_a_base_that_does_not_move_its_inputs(
