@@ -44,9 +44,7 @@ class SharedResources:
     """One value of each kind, for all runs that get the same `SharedResources`."""
 
     def __init__(self) -> None:
-        self.borrows_blocks = False
-        """Whether each GPU of a base that is spread computes all blocks for its own slots. To be
-        set before the base is loaded, as the plan of the runs decides (`Plan.borrows_blocks`)."""
+        self._borrows_blocks = False
         self._rows: Cached[DatasetSettings, Rows] = Cached()
         self._source: Cached[ModelSettings, BaseSource] = Cached()
         self._tokenizer: Cached[ModelSettings, PreTrainedTokenizerBase] = Cached()
@@ -225,6 +223,20 @@ class SharedResources:
         """Return the base, quantised and frozen, with the slots that runs train in."""
         return self._bank.get(base_key(config), lambda: self._load_bank(config))
 
+    @contextlib.contextmanager
+    def borrowed_blocks(self, borrows: bool) -> Iterator[None]:
+        """Load bases within the block for runs that share several GPUs in one way or the other.
+
+        Args:
+            borrows: As the plan of the runs decides, see `Plan.borrows_blocks`.
+        """
+        before = self._borrows_blocks
+        self._borrows_blocks = borrows
+        try:
+            yield
+        finally:
+            self._borrows_blocks = before
+
     def loaded_bank(self) -> "Bank | None":
         """Return the bank if a base is loaded."""
         entry = self._bank.peek()
@@ -249,7 +261,7 @@ class SharedResources:
         base = load_base(self.source(config.model), config)
         free_memory()  # what loading leaves behind may hold the mapped files
         dequantize_base(base, config)
-        bank = Bank(base, config, borrows_blocks=self.borrows_blocks)
+        bank = Bank(base, config, borrows_blocks=self._borrows_blocks)
         free_memory()
         return bank
 

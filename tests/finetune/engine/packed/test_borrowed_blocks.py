@@ -115,9 +115,8 @@ def test_a_run_that_ends_leaves_its_place(
     load_on_pretend_gpus(monkeypatch)
     decide_for_the_decoder(monkeypatch)
     monkeypatch.setattr(Bank, "_check_backend", lambda *_: None)
-    with pretend_gpus(monkeypatch):
-        resources = SharedResources()
-        resources.borrows_blocks = True
+    resources = SharedResources()
+    with pretend_gpus(monkeypatch), resources.borrowed_blocks(True):
         devices = []
         with resources.slot(config) as stays:
             devices.append(stays().device)
@@ -143,6 +142,7 @@ def test_where_autograd_replaces_the_decoder_slots_are_as_in_the_pipeline(
     """One GPU's copies are wrong, which the first slot, on the other GPU, does not use."""
     from finetune.engine.packed.gpu.borrowed_blocks import BorrowedBlocks
     from finetune.engine.packed.requests import Evaluate, ForwardBackward
+    from finetune.engine.probes import Shortcut, _answers
 
     configs = configs_of(tiny, small_base, 2)
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]
@@ -176,6 +176,13 @@ def test_where_autograd_replaces_the_decoder_slots_are_as_in_the_pipeline(
         assert bank.backend.borrows_blocks
         assert figures(bank) == pytest.approx(expected, rel=1e-4)
         assert not bank.backend.borrows_blocks
+    reasons = {
+        variant[-5:]: reason
+        for (shortcut, _, variant), reason in _answers[bank.base].items()
+        if shortcut is Shortcut.GPU_DECODER
+    }
+    assert reasons.pop("xpu:0") is None
+    assert reasons.pop("xpu:1").startswith("they differ by")
 
 
 @pytest.mark.slow
@@ -200,8 +207,8 @@ def test_a_run_on_the_second_gpu_goes_on_from_its_checkpoint(
 
     def complete(folder: Path) -> None:
         resources = SharedResources()
-        resources.borrows_blocks = True
-        run(config, folder, RunContext(interactive=False, resources=resources))
+        with resources.borrowed_blocks(True):
+            run(config, folder, RunContext(interactive=False, resources=resources))
 
     complete(tmp_path / "alone")
     load_on_pretend_gpus(monkeypatch)
