@@ -11,6 +11,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.console import summary_line
 from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.gpu.borrowed_blocks import reason_not_borrowed
 from finetune.engine.packed.pipeline import PassSteps
 from finetune.engine.packed.slot import Slot
 from finetune.model.decoder_blocks import decoder_block_of
@@ -155,7 +156,6 @@ def gpu_decoder(
         return None
     if not supports_gpu_decoder(base.config, config.quantization):
         return None
-    from finetune.engine.packed.gpu.borrowed_blocks import reason_not_borrowed
     from finetune.engine.packed.gpu.decoder import Decoder
 
     reason = reason_not_borrowed(base) if borrows_blocks else None
