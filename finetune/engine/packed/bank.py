@@ -123,7 +123,7 @@ class Bank:
             self._output_device = devices[-1]
             self._slot_counts.update(dict.fromkeys(devices, 0))
         self._probes_other_gpus = True
-        """Whether those that have no slot yet are probed with the first one."""
+        """Whether all are probed before there is a slot on one."""
         self._logit_transform = logit_transform_of(base.config)
         self.shares_prefixes = not recurrent_layers(base)
         """Whether a common prefix of a batch's rows is computed once. The state of a recurrent
@@ -183,7 +183,8 @@ class Bank:
             # While no slot depends on how the base is computed.
             self._probes_other_gpus = False
             for device in self._slot_counts:
-                self._check_backend(self._attached_slot(lora, seed, model, device))
+                if self.backend.borrows_blocks:
+                    self._check_backend(self._attached_slot(lora, seed, model, device))
         slot = self._attached_slot(lora, seed, model, self._emptiest_gpu())
         self._check_backend(slot)
         if slot.is_on_one_device and not self.backend.borrows_blocks:
@@ -360,8 +361,8 @@ class Bank:
         """
         devices = dict.fromkeys(request.slot.device for request in requests)
         timers = {device: PassTimer(device) for device in devices}
-        # Adapters are copied between GPUs before the passes, and their gradients after them: a copy
-        # waits for what both GPUs have to compute.
+        # In a pipeline adapters are copied between GPUs before the passes, and their gradients
+        # after them: a copy waits for what both GPUs have to compute.
         slots = self._refreshed_slots(requests)
         groups = self._groups(requests)
         passes = interleave([self._forward(group) for group in groups])
