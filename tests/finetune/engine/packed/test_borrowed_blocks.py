@@ -228,3 +228,42 @@ def test_a_run_on_the_second_gpu_goes_on_from_its_checkpoint(
     name = "eval/loss"
     metrics = [final(tmp_path / run)["metrics"][name] for run in ("alone", "spread")]
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
+
+
+def test_a_replica_copies_nothing_but_its_small_weights(
+    tiny: Tiny, small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What hooks on the base refer to would be copied with it, up to the base itself."""
+    from finetune.engine.packed.gpu.borrowed_blocks import Replica
+    from finetune.run.resources import SharedResources
+
+    (config,) = configs_of(tiny, small_base, 1)
+    load_on_pretend_gpus(monkeypatch)
+    decide_for_the_decoder(monkeypatch)
+    original = Replica.of
+    replicas = []
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a tensor is copied")
+
+    def of(module: Any, device: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__deepcopy__", refuse)
+            patch.setattr(torch.nn.Parameter, "__deepcopy__", refuse)
+            replicas.append((module, original(module, device)))
+        return replicas[-1][1]
+
+    monkeypatch.setattr(Replica, "of", of)
+    resources = SharedResources()
+    with pretend_gpus(monkeypatch), resources.borrowed_blocks(True):
+        # Its base has hooks by then.
+        assert resources.bank(config).backend.borrows_blocks
+    assert len(replicas) == 2
+    for module, replica in replicas:
+        present = {
+            name: weight.numel()
+            for name, weight in replica.module.named_parameters()
+            if weight.numel()
+        }
+        names = [name for name, _ in module.named_parameters()]
+        assert [*present] == [name for name in names if "norm" in name]
