@@ -31,6 +31,7 @@ measure-gpu:           ## everything that is told of a GPU: tests, tables, a stu
 	python benchmarks/gpu.py --slots 1,8 --lora all_linear --checkpointing off --shapes gemma3_4b,phi4_mini,qwen3_5_4b
 	python benchmarks/gpu.py --sides ours --slots 1,4,8 --lora all_linear --checkpointing on --memory 24 --shapes qwen3_30b_a3b
 	python benchmarks/gpu.py --sides ours --slots 1,4,8 --gpus 2 --lora q_v --quantization nf4_double --checkpointing on --shapes llama3_3_70b  # two GPUs
+	python benchmarks/gpu.py --sides ours --slots 4,8 --gpus 2 --turns --lora q_v --quantization nf4_double --checkpointing on --shapes llama3_3_70b  # in turns
 	python benchmarks/gpu.py --sides ours --slots 1,2 --gpus 2 --memory 24 --lora q_v --quantization nf4_double --checkpointing on --shapes llama3_3_70b
 	python benchmarks/gpu.py --sides ours --slots 8,16 --gpus 4 --lora q_v --quantization nf4_double --checkpointing on --shapes llama3_3_70b  # four
 	python benchmarks/gpu_study.py --rungs 0.25,0.5,0.75 --sides tutorial,best,ours,recipe

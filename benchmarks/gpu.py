@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--memory", type=float, metavar="GIB")
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument(
+        "--turns",
+        action="store_true",
+        help="several GPUs compute their blocks in turns, where they would borrow others' too",
+    )
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
@@ -160,7 +166,13 @@ def measure_side(
             arguments.steps,
             arguments.busy,
             arguments.gpus,
+            arguments.turns,
         )
+        if side == "ours" and base is not None:
+            bank: Any = base
+            if bank.backend.borrows_blocks != case.borrows_blocks:
+                base = bank = None
+                free()
         if base is None:
             base = case.base()
         case.measure(base, peak)
@@ -192,6 +204,7 @@ class Case:
         steps: int,
         busy: bool,
         gpus: int,
+        turns: bool = False,
     ) -> None:
         self.name = name
         self.gpus = gpus
@@ -211,12 +224,16 @@ class Case:
         self.profiled = ""
         """What `--busy` adds to the line."""
         self.slots = 1 if slots == "auto" else int(slots)
+        self.borrows_blocks = False
         if not tiny and slots != "auto" and self.slots < 4 and gpus == 1:
             self.steps *= 4 // self.slots
         if side == "ours":
             plan = self.plan_memory()
+            if turns:
+                plan = replace(plan, borrowing=())
             if slots == "auto":
                 self.slots = plan.slots
+            self.borrows_blocks = plan.borrows_blocks(self.slots)
             recorded = plan.fullest.recorded
             if recorded is not None and recorded.size(plan.tokens(self.slots)):
                 self.warm = WARM_RECORDED
@@ -279,7 +296,7 @@ class Case:
         if self.gpus > 1:
             move_inputs(base)
         dequantize_base(base, self.config())
-        return Bank(base, self.config())
+        return Bank(base, self.config(), borrows_blocks=self.borrows_blocks)
 
     def measure(self, base: Any, peak: float) -> None:
         """Print the line."""
@@ -436,15 +453,21 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
     counters = [Counter() for _ in range(case.slots)]
     bank.capacity = None  # an earlier case may not have fitted
     works = []
+    slots = []
     for seed, counter in enumerate(counters):
         config = case.config(seed)
+        slot = bank.create_slot(config.lora, seed)
+        slots.append(slot)
         training = PackedTraining(
             config,
-            bank.create_slot(config.lora, seed),
+            slot,
             data,
             case.steps + case.warm + PROFILED + 2,
         )
         works.append(training.train(counter, None, None))  # type: ignore[arg-type]
+    # Those of the next case find all GPUs empty.
+    for slot in slots:
+        bank.remove_slot(slot)
     requests: list[Any] = [next(work) for work in works]
 
     def step() -> None:

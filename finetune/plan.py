@@ -192,6 +192,7 @@ def _to_dict(
         "further_slot": plan.further_slot,
         "largest_slots": plan.largest,
         "slots": plan.slots,
+        "borrows_blocks": plan.borrows_blocks(plan.slots),
         "learning_rate": config.optimizer.learning_rate,
         "answers_together": plan.answers_together,
         "train_tokens": plan.train_tokens,
@@ -238,6 +239,8 @@ def _print_work(
     size = plan.further_slot / GIB
     slots = f"room for {plan.largest}, {plan.slots} recommended"
     print(f"{'each further slot':32}{size:8.2f} GiB: {slots}")
+    if plan.gpus > 1:
+        print(f"{'GPUs in a study':32}{plan.gpus:8d}: {_describe_sharing(plan)}")
     print(f"{'learning rate':32}{config.optimizer.learning_rate:8.2g}")
     training = format_duration(times.training)
     print(f"{'tokens':32}{plan.train_tokens:8d}: about {training} of training")
@@ -262,6 +265,13 @@ def _print_work(
         print(f"{'answers':32}{'':8}  one prompt after another, in slots too")
     run = format_duration(times.run)
     print(f"{'the run, after loading':32}{'':8}  {measure} {run}")
+
+
+def _describe_sharing(plan: "Plan") -> str:
+    """Say how several GPUs share the base where the recommended slots train."""
+    if plan.borrows_blocks(plan.slots):
+        return "each computes all blocks for slots of its own, with borrowed weights"
+    return "each computes the blocks that it has, for groups of slots in turns"
 
 
 def _print_study(

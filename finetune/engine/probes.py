@@ -88,10 +88,11 @@ class Shortcut(Enum):
 
 
 # Weak, so that the answers of a base end with the base.
-_answers: WeakKeyDictionary[torch.nn.Module, dict[tuple[Shortcut, int], str | None]] = (
-    WeakKeyDictionary()
-)
-"""Of each loaded base, by shortcut and length of its probe: why it fails; None: it holds."""
+_answers: WeakKeyDictionary[
+    torch.nn.Module, dict[tuple[Shortcut, int, str], str | None]
+] = WeakKeyDictionary()
+"""Of each loaded base, by shortcut, length of its probe and variant: why it fails; None: it
+holds."""
 
 
 def holds(
@@ -109,6 +110,7 @@ def failure(
     model: torch.nn.Module,
     tokens: int,
     compare: Callable[[int], Comparison],
+    variant: str = "",
 ) -> str | None:
     """Return why a shortcut does not compute what the plain way computes, probed once for a base.
 
@@ -121,6 +123,7 @@ def failure(
         tokens: Tokens of the longest row that the shortcut will compute.
         compare: Computes the logits of a row in both ways. Its argument is the length of the
             probe. Any error but a lack of memory means that the shortcut does not hold.
+        variant: Tells apart several ways of the same shortcut.
 
     Returns:
         The difference of the logits or the error; None: the shortcut holds.
@@ -128,12 +131,13 @@ def failure(
     base = base_of(model)
     length = _probe_length(base, tokens)
     answers = _answers.setdefault(base, {})
-    if (shortcut, length) in answers:
-        return answers[shortcut, length]
+    key = (shortcut, length, variant)
+    if key in answers:
+        return answers[key]
     # A probe of an earlier process holds here too: the record's name covers all that it depends on.
-    record = _record(shortcut, base, length)
+    record = _record(shortcut, base, length, variant)
     if record is not None and record.exists():
-        answers[shortcut, length] = None
+        answers[key] = None
         return None
     try:
         computed, plain = compare(length)
@@ -151,7 +155,7 @@ def failure(
         # The frames hold the tensors of the pass.
         traceback.clear_frames(error.__traceback__)
         reason = f"{type(error).__name__}: {summary_line(error)}"
-    answers[shortcut, length] = reason
+    answers[key] = reason
     if reason is not None:
         log.info(
             "%s (%s: %s)",
@@ -230,7 +234,7 @@ def _probe_length(base: Any, tokens: int) -> int:
     return length
 
 
-def _record(shortcut: Shortcut, base: Any, length: int) -> Path | None:
+def _record(shortcut: Shortcut, base: Any, length: int, variant: str) -> Path | None:
     """Return the file that says that a shortcut holds for a base, with these versions and here.
 
     None for remote code: the base's config does not say what it computes.
@@ -254,6 +258,7 @@ def _record(shortcut: Shortcut, base: Any, length: int) -> Path | None:
         sorted({str(weight.dtype) for weight in base.parameters()}),
         count_stages(base),
         weights_sum,
+        *([variant] if variant else []),
     ]
     return record_file("shortcuts", identity)
 

@@ -107,7 +107,7 @@ _has_selected = False
 
 
 def record_event(device: torch.device) -> "torch.cuda.Event | None":
-    """Record a CUDA event on the current stream; two events give the time between them.
+    """Record a CUDA event on a device's current stream; two events give the time between them.
 
     Returns:
         The event; None on a CPU.
@@ -115,7 +115,8 @@ def record_event(device: torch.device) -> "torch.cuda.Event | None":
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
+    # Not of the current device: the slots of a base may be on several.
+    event.record(torch.cuda.current_stream(device))
     return event
 
 
@@ -129,7 +130,7 @@ def copy_stream_after(event: "torch.cuda.Event | None") -> Iterator[None]:
     if event is None:
         yield
         return
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(event.device)  # type: ignore[no-untyped-call]
     stream.wait_event(event)
     with torch.cuda.stream(stream):
         yield

@@ -49,7 +49,7 @@ class DeviceMemory:
     """One slot's weights, gradient, rounded copy, and the sum of the gradients of several batches;
     on later GPUs the copy and the gradient of what is there."""
     optimizer: int
-    """One slot's optimizer state; 0 on later GPUs."""
+    """One slot's optimizer state; 0 on later GPUs, unless they have slots of their own."""
     activations: Activations
     batch_tokens: int
     """Of the training batch that the activations are of."""
@@ -59,6 +59,8 @@ class DeviceMemory:
     """Of recorded passes; None: there are none."""
     stored: StoredMemory | None
     """Of blocks that keep their activations where memory allows; None: there are none."""
+    borrowed: int = 0
+    """Room for two blocks that live on other GPUs, where this one computes all blocks."""
 
     def peak(
         self,
@@ -71,7 +73,7 @@ class DeviceMemory:
         """Return the most bytes at once, while slots train or evaluate.
 
         Args:
-            slots: That train or are evaluated.
+            slots: That train or are evaluated on the device.
             group: Of these, how many are computed together.
             tokens: In the largest passes of all slots.
             group_tokens: The same of one group: groups are in different blocks at a time.
@@ -112,7 +114,8 @@ class DeviceMemory:
 
     def _throughout(self, slots: int) -> int:
         """What is there between passes too."""
-        return self.process + self.base + slots * (self.adapter + self.optimizer)
+        of_slots = slots * (self.adapter + self.optimizer)
+        return self.process + self.base + self.borrowed + of_slots
 
     def _is_recorded(self, tokens: float) -> bool:
         return self.recorded is not None and self.recorded.size(tokens) > 0

@@ -82,6 +82,7 @@ def plan_memory(config: RunConfig, resources: SharedResources) -> Plan:
     base = PlannedBase.read(source, config)
     return Plan(
         devices=base.devices(work),
+        borrowing=base.borrowing_devices(work),
         available=available_memory(len(base.stages)),
         batches=work.batches,
         train_tokens=work.train_tokens,

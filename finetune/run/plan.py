@@ -50,6 +50,23 @@ class Plan:
     """Weights that each token is multiplied by."""
     answers_together: bool = True
     """Whether prompts are answered together, as each alone; else one after another."""
+    borrowing: tuple[DeviceMemory, ...] = ()
+    """Of each GPU where each computes all blocks for slots of its own; none: it can't be."""
+
+    def borrows_blocks(self, slots: int) -> bool:
+        """Decide how several GPUs share a base.
+
+        Args:
+            slots: Of a worker.
+
+        Returns:
+            Whether each GPU computes all blocks for its own slots, with weights that it borrows of
+            the others (`gpu.borrowed_blocks`): where each has a slot and memory allows it. Else
+            each GPU computes the blocks that it has, for groups of slots in turn (`pipeline`).
+        """
+        if not self.borrowing or slots < self.gpus:
+            return False
+        return self._need(slots, True) <= USABLE * self.available
 
     @property
     def gpus(self) -> int:
@@ -59,7 +76,10 @@ class Plan:
     @property
     def fullest(self) -> DeviceMemory:
         """The device that needs most for one slot."""
-        return max(self.devices, key=lambda device: self._peak_of(device, 1, limit=0))
+        return max(
+            self.devices,
+            key=lambda device: self._peak_of(device, 1, limit=0, borrows=False),
+        )
 
     def tokens(self, slots: int) -> float:
         """Return the tokens in the largest pass of several slots.
@@ -88,14 +108,25 @@ class Plan:
         With partial checkpointing on a GPU, blocks keep their activations as memory allows.
         """
         limit = USABLE * self.available
-        return max(self._peak_of(device, slots, limit) for device in self.devices)
+        borrows = self.borrows_blocks(slots)
+        devices = self.borrowing if borrows else self.devices
+        return max(self._peak_of(device, slots, limit, borrows) for device in devices)
 
     def need(self, slots: int = 1) -> int:
         """Return the bytes without which so many slots can't train or evaluate."""
-        return max(self._peak_of(device, slots, limit=0) for device in self.devices)
+        return self._need(slots, self.borrows_blocks(slots))
 
-    def _peak_of(self, device: DeviceMemory, slots: int, limit: float) -> int:
+    def _need(self, slots: int, borrows: bool) -> int:
+        devices = self.borrowing if borrows else self.devices
+        return max(self._peak_of(device, slots, 0, borrows) for device in devices)
+
+    def _peak_of(
+        self, device: DeviceMemory, slots: int, limit: float, borrows: bool
+    ) -> int:
         group = group_size(slots, self.gpus)
+        if borrows:
+            # Those of one GPU.
+            slots = group = math.ceil(slots / self.gpus)
         tokens, group_tokens = self.tokens(slots), self.tokens(group)
         mean, _ = self._mean_and_deviation
         typical = min(1.0, slots * mean / tokens)
@@ -111,7 +142,9 @@ class Plan:
         """The bytes that each further slot needs, where several are computed together."""
         # On several GPUs the mean of as many as there are groups: each group has one more.
         groups = 1 if self.gpus == 1 else GROUPS_PER_GPU * self.gpus
-        return (self.need(3 * groups) - self.need(2 * groups)) // groups
+        borrows = self.borrows_blocks(self.slots)
+        more = self._need(3 * groups, borrows) - self._need(2 * groups, borrows)
+        return more // groups
 
     @functools.cached_property
     def largest(self) -> int:
@@ -130,13 +163,24 @@ class Plan:
         if not on_gpu():
             return 1  # one run keeps all cores busy
         busy = math.ceil(BUSY_TOKENS / self._mean_and_deviation[0])
+        fewest = 1
         most = max(1, min(busy, self.largest, MOST_SLOTS))
-        fastest = min(range(1, most + 1), key=self._time_per_token)
+        if self.borrows_blocks(self.gpus):
+            # Each GPU computes passes of its own slots.
+            fewest = self.gpus
+            counts = range(fewest, max(fewest, min(self.gpus * busy, MOST_SLOTS)) + 1)
+            most = max(filter(self.borrows_blocks, counts))
+        fastest = min(range(fewest, most + 1), key=self._time_per_token)
         limit = (1 - CLEAR_GAIN) * self._time_per_token(most)
         return fastest if self._time_per_token(fastest) < limit else most
 
     def _time_per_token(self, slots: int) -> float:
         """In passes of the mean size, in units of a large pass that computes nothing again."""
+        if self.borrows_blocks(slots):
+            slots_here = math.ceil(slots / self.gpus)
+            tokens = slots_here * self._mean_and_deviation[0]
+            # With fewer slots than others, a GPU waits for them.
+            return (1 + PASS_TOKENS / tokens) * slots_here * self.gpus / slots
         tokens = slots * self._mean_and_deviation[0]
         limit = USABLE * self.available
         shares = [device.stored_share(slots, tokens, limit) for device in self.devices]

@@ -36,7 +36,7 @@ from finetune.run.memory_costs import (
     gpu_activations,
 )
 from finetune.run.planned_work import Work
-from finetune.run.stages import Stage, read_stages
+from finetune.run.stages import Stage, borrowing_stages, read_stages
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -70,6 +70,8 @@ class PlannedBase:
     """Weights that each token is multiplied by."""
     stages: list[Stage]
     """One for each device."""
+    borrowing: list[Stage]
+    """The same where each GPU computes all blocks for its own slots; none: it can't be."""
 
     @classmethod
     def read(cls, source: BaseSource, config: RunConfig) -> "PlannedBase":
@@ -96,6 +98,7 @@ class PlannedBase:
         expert_buffer = expert_buffer_bytes(skeleton, config, files)
         weights = _multiplied_weights(skeleton)
         stages = read_stages(skeleton, config, files)
+        borrowing = borrowing_stages(stages, skeleton, config, files)
         with torch.device("meta"):  # the drawn values are not read
             adapted = add_adapter(skeleton, config.lora, config.seed)
         return cls(
@@ -108,6 +111,7 @@ class PlannedBase:
             expert_buffer=expert_buffer,
             weights=weights,
             stages=stages,
+            borrowing=borrowing,
         )
 
     def devices(self, work: Work) -> tuple[DeviceMemory, ...]:
@@ -117,6 +121,19 @@ class PlannedBase:
             work: The run's batches.
         """
         return tuple(self._device(stage, work) for stage in self.stages)
+
+    def borrowing_devices(self, work: Work) -> tuple[DeviceMemory, ...]:
+        """Return the same where each GPU computes all blocks for slots of its own.
+
+        Args:
+            work: The run's batches.
+
+        Returns:
+            Each GPU's, with the bytes of each slot that is there; none where it can't be.
+        """
+        if self._targets is None:
+            return ()
+        return tuple(self._device(stage, work) for stage in self.borrowing)
 
     def _device(self, stage: Stage, work: Work) -> DeviceMemory:
         config = self.config
@@ -143,6 +160,7 @@ class PlannedBase:
             held=held,
             recorded=recorded,
             stored=stored,
+            borrowed=stage.borrowed,
         )
 
     def _activations(self, stage: Stage, work: Work) -> Activations:

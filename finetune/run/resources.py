@@ -44,6 +44,7 @@ class SharedResources:
     """One value of each kind, for all runs that get the same `SharedResources`."""
 
     def __init__(self) -> None:
+        self._borrows_blocks = False
         self._rows: Cached[DatasetSettings, Rows] = Cached()
         self._source: Cached[ModelSettings, BaseSource] = Cached()
         self._tokenizer: Cached[ModelSettings, PreTrainedTokenizerBase] = Cached()
@@ -222,6 +223,20 @@ class SharedResources:
         """Return the base, quantised and frozen, with the slots that runs train in."""
         return self._bank.get(base_key(config), lambda: self._load_bank(config))
 
+    @contextlib.contextmanager
+    def borrowed_blocks(self, borrows: bool) -> Iterator[None]:
+        """Load bases within the block for runs that share several GPUs in one way or the other.
+
+        Args:
+            borrows: As the plan of the runs decides, see `Plan.borrows_blocks`.
+        """
+        before = self._borrows_blocks
+        self._borrows_blocks = borrows
+        try:
+            yield
+        finally:
+            self._borrows_blocks = before
+
     def loaded_bank(self) -> "Bank | None":
         """Return the bank if a base is loaded."""
         entry = self._bank.peek()
@@ -231,7 +246,8 @@ class SharedResources:
         """Forget everything. The caller frees the memory, once for all."""
         for value in vars(self).values():
             for cached in value.values() if isinstance(value, dict) else [value]:
-                cached.forget()
+                if isinstance(cached, Cached):
+                    cached.forget()
 
     def _load_bank(self, config: RunConfig) -> "Bank":
         from finetune.engine.packed.bank import Bank
@@ -245,7 +261,7 @@ class SharedResources:
         base = load_base(self.source(config.model), config)
         free_memory()  # what loading leaves behind may hold the mapped files
         dequantize_base(base, config)
-        bank = Bank(base, config)
+        bank = Bank(base, config, borrows_blocks=self._borrows_blocks)
         free_memory()
         return bank
 
@@ -273,10 +289,19 @@ class SharedResources:
         seed = config.seed
         adapter = ADAPTER_THREAD.submit(bank.initialise_adapter, lora, seed)
         bank.slots_in_use += 1
+        slots: list[Slot] = []
+
+        def create() -> "Slot":
+            slots.append(bank.create_slot(lora, seed, adapter.result()))  # noqa: F821  both exist then
+            return slots[-1]
+
         try:
-            yield lambda: bank.create_slot(lora, seed, adapter.result())  # noqa: F821  both exist then
+            yield create
         finally:
             bank.slots_in_use -= 1
+            # Emptied, as the caller may still have the function.
+            while slots:
+                bank.remove_slot(slots.pop())
             adapter.cancel()
             del adapter, bank
             collect_garbage()  # the GPU's memory stays reserved for the next slot

@@ -16,6 +16,9 @@ class EngineChoice:
     """Number of trials that train together on one worker."""
     checkpointing: Checkpointing = False
     """The value of `trainer.gradient_checkpointing` where the config leaves it to `auto`."""
+    borrows_blocks: bool = False
+    """Whether each of a worker's GPUs computes all blocks for its own slots; see
+    `Plan.borrows_blocks`."""
 
 
 def decide_engine(study: Study, choice: EngineChoice) -> EngineChoice:
@@ -31,11 +34,13 @@ def decide_engine(study: Study, choice: EngineChoice) -> EngineChoice:
     if "engine" not in study.optuna.user_attrs:
         study.optuna.set_user_attr("slots", choice.slots)
         study.optuna.set_user_attr("checkpointing", choice.checkpointing)
-        # Last, because its presence says that all three are stored.
+        study.optuna.set_user_attr("borrows_blocks", choice.borrows_blocks)
+        # Last, because its presence says that all are stored.
         study.optuna.set_user_attr("engine", choice.name)
     stored = study.optuna.user_attrs
     return EngineChoice(
         name=str(stored["engine"]),
         slots=int(stored["slots"]),
         checkpointing=stored.get("checkpointing", False),
+        borrows_blocks=stored.get("borrows_blocks", False),
     )

@@ -22,6 +22,7 @@ from finetune.errors import Interrupted, refusal
 from finetune.files.run_folder import discard_multirun
 from finetune.job_failures import sweep_error
 from finetune.run.job import check_job, job
+from finetune.run.resources import shared_resources
 from finetune.run.result import Objective
 from sweeps.compat import job_error
 from sweeps.study.job import hydra_config, require_one_directory, run_as_job
@@ -55,6 +56,7 @@ class Multirun:
         self._descriptions: dict[int, str] = {}
         self._slot_count = 1
         self._checkpointed_bases: list[object] = []
+        self._borrows_blocks = False
 
     def run(
         self, job_overrides: Sequence[Sequence[str]], first_number: int
@@ -95,7 +97,8 @@ class Multirun:
             config = next(waiting, None)
             return None if config is None else self._packed_run(config)
 
-        train_together(next_run, self._slot_count)
+        with shared_resources.borrowed_blocks(self._borrows_blocks):
+            train_together(next_run, self._slot_count)
         self._raise_failures()
         return [self._returns[number] for number in sorted(self._returns)]
 
@@ -112,8 +115,10 @@ class Multirun:
             return
         from sweeps.study.slot_count import choose_job_slots
 
-        count, self._checkpointed_bases = choose_job_slots(self._slots, valid)
-        self._slot_count = min(count, jobs)
+        choice = choose_job_slots(self._slots, valid)
+        self._checkpointed_bases = choice.checkpointed_bases
+        self._slot_count = min(choice.count, jobs)
+        self._borrows_blocks = choice.borrows_blocks
 
     def _configure_log(self) -> None:
         """Set up the jobs' logging without its file, because each job has a file of its own.

@@ -113,11 +113,15 @@ def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineC
     for of_base in by_base(configs).values():
         # Slots that hold the neediest trial hold any other: the study keeps their number.
         neediest = max(of_base, key=memory_rank)
-        slots, resolved = choose_slots(settings.slots, neediest)
-        checkpointing = resolved.trainer.checkpointing
-        choices.append(EngineChoice("packed", slots, checkpointing))
+        choice = choose_slots(settings.slots, neediest)
+        checkpointing = choice.config.trainer.checkpointing
+        choices.append(
+            EngineChoice("packed", choice.count, checkpointing, choice.borrows_blocks)
+        )
     # Those that every base leaves memory for.
-    return min(choices, key=lambda choice: choice.slots)
+    fewest = min(choices, key=lambda choice: choice.slots)
+    borrows = all(choice.borrows_blocks for choice in choices)
+    return dataclasses.replace(fewest, borrows_blocks=borrows)
 
 
 def _log_why_other_slots(settings: StudySettings, engine: EngineChoice) -> None:

@@ -2,36 +2,47 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from finetune.config.schema import RunConfig
 from finetune.console import summary_line
 from finetune.engine.selection import reason_unsupported
 from finetune.model.base_config import read_base_config
-from finetune.model.device import on_gpu, select_gpus
+from finetune.model.device import on_gpu, select_gpus, spread_gpus
 from finetune.run.memory_plan import plan_memory, resolve_checkpointing
 from finetune.run.resources import base_key, shared_resources
 
 log = logging.getLogger(__name__)
 
 
-def choose_slots(slots: int | str, neediest: RunConfig) -> tuple[int, RunConfig]:
+@dataclass(frozen=True)
+class SlotChoice:
+    """How many runs train together on one worker, and how."""
+
+    count: int
+    config: RunConfig
+    """The neediest run's, with `gradient_checkpointing` decided."""
+    borrows_blocks: bool = False
+    """See `Plan.borrows_blocks`."""
+
+
+def choose_slots(slots: int | str, neediest: RunConfig) -> SlotChoice:
     """Choose the number of slots of a worker.
 
     Args:
         slots: the number, or `auto`: as many as fit into GPU memory, or one on a CPU.
         neediest: the config that needs the most memory of all that will train.
-
-    Returns:
-        The number of slots, and the config with `gradient_checkpointing` decided.
     """
     resolved = resolve_checkpointing(neediest, "packed", shared_resources)
-    if slots != "auto":
-        return int(slots), resolved
+    is_spread = spread_gpus(resolved.trainer.gpus) > 1
+    if slots != "auto" and not is_spread:
+        return SlotChoice(int(slots), resolved)
     if not on_gpu():
         # One run keeps a CPU busy.
-        return 1, resolved
+        return SlotChoice(1, resolved)
     plan = plan_memory(resolved, shared_resources)
-    return plan.slots, resolved
+    count = plan.slots if slots == "auto" else int(slots)
+    return SlotChoice(count, resolved, plan.borrows_blocks(count))
 
 
 def memory_rank(config: RunConfig) -> tuple[int, int]:
@@ -42,48 +53,56 @@ def memory_rank(config: RunConfig) -> tuple[int, int]:
     return config.trainer.per_device_train_batch_size, config.lora.r
 
 
-def choose_job_slots(
-    slots: int | str, configs: Sequence[RunConfig]
-) -> tuple[int, list[object]]:
+@dataclass(frozen=True)
+class JobSlots:
+    """How many jobs train at once, and how."""
+
+    count: int
+    checkpointed_bases: list[object] = field(default_factory=list)
+    """By their `base_key`: where `trainer.gradient_checkpointing=auto` is partial."""
+    borrows_blocks: bool = False
+    """See `Plan.borrows_blocks`."""
+
+
+def choose_job_slots(slots: int | str, configs: Sequence[RunConfig]) -> JobSlots:
     """Choose how many jobs train at once, from the neediest job of each base and data set.
 
     Args:
         slots: the number; `auto`: as many as fit into memory.
         configs: the jobs' configs.
-
-    Returns:
-        The number of slots, and the bases, by their `base_key`, on which
-        `trainer.gradient_checkpointing=auto` is partial.
     """
     packed = [config for config in configs if config.trainer.engine != "trl"]
     fixed_count = slots if isinstance(slots, int) else 1
     if not packed:
-        return fixed_count, []
+        return JobSlots(fixed_count)
     gpus = [config.trainer.gpus for config in packed]
     # Before a plan asks for the GPU's memory.
     select_gpus(0, max((size for size in gpus if isinstance(size, int)), default=1))
     # Kinds of jobs whose neediest one has been planned.
     planned: set[str] = set()
-    counts = []
+    choices = []
     checkpointed_bases: list[object] = []
     for config in sorted(packed, key=memory_rank, reverse=True):
         checkpointing = config.trainer.gradient_checkpointing
         kind = repr((base_key(config), checkpointing, config.dataset))
         if kind in planned:
             continue
-        plan = _plan(slots, config)
+        choice = _plan(slots, config)
         # Its kind stays unplanned: the next neediest job of it is tried.
-        if plan is None:
+        if choice is None:
             continue
         planned.add(kind)
-        count, resolved = plan
-        counts.append(count)
-        if checkpointing == "auto" and resolved.trainer.checkpointing:
-            checkpointed_bases.append(base_key(resolved))
-    return min(counts, default=fixed_count), checkpointed_bases
+        choices.append(choice)
+        if checkpointing == "auto" and choice.config.trainer.checkpointing:
+            checkpointed_bases.append(base_key(choice.config))
+    return JobSlots(
+        min((choice.count for choice in choices), default=fixed_count),
+        checkpointed_bases,
+        bool(choices) and all(choice.borrows_blocks for choice in choices),
+    )
 
 
-def _plan(slots: int | str, config: RunConfig) -> tuple[int, RunConfig] | None:
+def _plan(slots: int | str, config: RunConfig) -> SlotChoice | None:
     """Plan slots for one job; None if TRL trains it, or if it can't be planned.
 
     A job that can't be planned reports by itself what is wrong.

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from finetune.console import quiet_libraries
 from finetune.engine.interrupt import Interrupt
 from finetune.errors import Interrupted
+from finetune.run.resources import shared_resources
 from sweeps.study.baseline_seeds import BaselineSeeds
 from sweeps.study.budget import has_spent_tokens
 from sweeps.study.claims import claim_trial
@@ -93,7 +94,12 @@ class Worker:
             signals = trials.interrupt.handle_signals()
         ended = 0
         try:
-            with _kept_alive(study, trials.interrupt), signals:
+            borrows = session.engine.borrows_blocks and self.only is None
+            with (
+                _kept_alive(study, trials.interrupt),
+                signals,
+                shared_resources.borrowed_blocks(borrows),
+            ):
                 if self.only is not None:
                     ended = train_together(next_trial, 1)
                 else:

@@ -5,7 +5,7 @@ from typing import Any
 from finetune.config.schema import RunConfig
 
 
-def load_bank(config: RunConfig, saves: Any) -> Any:
+def load_bank(config: RunConfig, saves: Any, borrows_blocks: bool = False) -> Any:
     """Load a config's base with the decoder, whose `gradient_checkpointing` is `saves`. None: with
     autograd."""
     from finetune.engine.packed.bank import Bank
@@ -16,6 +16,7 @@ def load_bank(config: RunConfig, saves: Any) -> Any:
 
     base = load_base(find_base(config.model), config)
     dequantize_base(base, config)
-    bank = Bank(base, config, None if saves is None else Decoder(base, saves))
+    decoder = None if saves is None else Decoder(base, saves, borrows_blocks)
+    bank = Bank(base, config, decoder)
     assert isinstance(bank.backend, Decoder) is (saves is not None)
     return bank

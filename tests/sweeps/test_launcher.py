@@ -23,7 +23,7 @@ from finetune.model.memory import USABLE
 from finetune.run.memory_plan import plan_memory, resolve_checkpointing
 from finetune.run.resources import SharedResources, base_key
 from finetune.run.run import run
-from sweeps.study.slot_count import choose_job_slots
+from sweeps.study.slot_count import JobSlots, choose_job_slots
 
 Tiny = Callable[..., RunConfig]
 
@@ -380,7 +380,8 @@ def test_what_is_decided_for_a_bases_jobs_holds_for_no_others(
             [base_key(saved)],
         ),
     ):
-        assert choose_job_slots("auto", [tiny(*job) for job in jobs]) == (1, wanted)
+        chosen = choose_job_slots("auto", [tiny(*job) for job in jobs])
+        assert chosen == JobSlots(1, wanted)
     assert (
         resolve_checkpointing(
             tiny(*MULTIRUN), "packed", resources, [base_key(saved)]

@@ -43,6 +43,7 @@ class AutogradBackend:
     """Implements `Backend` with hooks on the base's linear layers."""
 
     logits_chunk = 512
+    borrows_blocks = False
 
     def __init__(self, base: "PreTrainedModel", gradient_checkpointing: bool) -> None:
         """Prepare a base for passes.

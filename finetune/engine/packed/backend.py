@@ -11,10 +11,12 @@ from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.console import summary_line
 from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.gpu.borrowed_blocks import reason_not_borrowed
 from finetune.engine.packed.pipeline import PassSteps
 from finetune.engine.packed.slot import Slot
 from finetune.model.decoder_blocks import decoder_block_of
 from finetune.model.device import is_ampere_or_later
+from finetune.model.layer_devices import count_stages
 from finetune.model.quantization import compute_dtype
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ class Backend(Protocol):
 
     logits_chunk: int
     """Answer tokens whose logits are in memory at once."""
+    borrows_blocks: bool
+    """Whether each GPU of a spread base computes all blocks for slots of its own."""
 
     def attach(self, slot: Slot) -> None:
         """Prepare for the adapters of a new slot."""
@@ -136,8 +140,16 @@ def _kernels_work() -> bool:
     return True
 
 
-def gpu_decoder(base: "PreTrainedModel", config: RunConfig) -> "Decoder | None":
-    """Build the GPU decoder of a base; None where the kernels do not support it."""
+def gpu_decoder(
+    base: "PreTrainedModel", config: RunConfig, borrows_blocks: bool
+) -> "Decoder | None":
+    """Build the GPU decoder of a base; None where the kernels do not support it.
+
+    Args:
+        base: The loaded base.
+        config: The config of any run on this base.
+        borrows_blocks: As `Plan.borrows_blocks` decides.
+    """
     # Remote code may give the modules another meaning.
     is_transformers_model = type(base).__module__.startswith("transformers.")
     if not is_transformers_model:
@@ -146,4 +158,16 @@ def gpu_decoder(base: "PreTrainedModel", config: RunConfig) -> "Decoder | None":
         return None
     from finetune.engine.packed.gpu.decoder import Decoder
 
-    return Decoder(base, config.trainer.checkpointing)
+    reason = reason_not_borrowed(base) if borrows_blocks else None
+    if borrows_blocks and reason is None:
+        log.info(
+            "each GPU computes all blocks for its own slots, with borrowed weights"
+        )
+    elif count_stages(base) > 1:
+        because = "" if reason is None else f": weights are not borrowed of {reason}"
+        log.info(
+            "the GPUs compute their blocks for groups of slots in turns%s", because
+        )
+    return Decoder(
+        base, config.trainer.checkpointing, borrows_blocks and reason is None
+    )

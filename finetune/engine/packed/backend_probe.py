@@ -15,7 +15,7 @@ from finetune.data.lengths import MIN_SHARED_TOKENS
 from finetune.engine.evaluation import evaluation_mode
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend
-from finetune.engine.packed.batch import Row, pack_rows
+from finetune.engine.packed.batch import BatchDevices, Row, pack_rows
 from finetune.engine.packed.pipeline import complete_pass
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.slot import Slot
@@ -39,6 +39,7 @@ def backend_failure(
     autograd: AutogradBackend,
     base: "PreTrainedModel",
     slot: Slot,
+    devices: BatchDevices,
     quantization: QuantizationSettings,
 ) -> str | None:
     """Return why a backend does not compute the logits that the base's own code computes.
@@ -49,14 +50,19 @@ def backend_failure(
         autograd: Applies the slot's adapter to the base's own code.
         base: The base.
         slot: Any slot that is attached to both backends.
+        devices: Where a pass of the slot reads its batch.
         quantization: As the base was loaded.
 
     Returns:
         See `finetune.engine.probes.failure`; None: it computes them.
     """
-    compare = functools.partial(_compare_backend, backend, autograd, base, slot)
+    compare = functools.partial(
+        _compare_backend, backend, autograd, base, slot, devices
+    )
+    # Each GPU has its own copies of the others' blocks.
+    variant = f"borrowed blocks on {slot.device}" if slot.is_on_one_device else ""
     with evaluation_mode(base), torch.no_grad(), autocast(quantization):
-        return failure(shortcut, base, 0, compare)
+        return failure(shortcut, base, 0, compare, variant)
 
 
 def _compare_backend(
@@ -64,6 +70,7 @@ def _compare_backend(
     autograd: AutogradBackend,
     base: "PreTrainedModel",
     slot: Slot,
+    devices: BatchDevices,
     length: int,
 ) -> Comparison:
     """Compare a row's logits in a packed batch with those of the base's own code.
@@ -77,7 +84,7 @@ def _compare_backend(
         answer = probe_ids(base, length // 2, first)
         rows.append(_probe_row(prefix, answer))
     group_size = 1 if recurrent_layers(base) else None
-    batch = pack_rows([rows], slot.bank.device, [group_size])
+    batch = pack_rows([rows], devices, [group_size])
     slot.refresh_weights()
     # As in training, where the backends round to 16 bits themselves.
     with torch.autocast("cuda", enabled=False):

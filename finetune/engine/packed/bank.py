@@ -7,6 +7,7 @@ it would have alone, up to the rounding of matrix products.
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,7 +24,12 @@ from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.backend import Backend, gpu_decoder
 from finetune.engine.packed.backend_probe import backend_failure
-from finetune.engine.packed.batch import BatchLayout, PackedBatch, lay_out
+from finetune.engine.packed.batch import (
+    BatchDevices,
+    BatchLayout,
+    PackedBatch,
+    lay_out,
+)
 from finetune.engine.packed.dora import set_magnitudes
 from finetune.engine.packed.embedding_noise import embedding_noise
 from finetune.engine.packed.execution import Execution
@@ -86,6 +92,7 @@ class Bank:
         base: "PreTrainedModel",
         config: RunConfig,
         backend: Backend | None = None,
+        borrows_blocks: bool = False,
     ) -> None:
         """Freeze a base and choose the backend.
 
@@ -94,6 +101,8 @@ class Bank:
             config: The config of any run on this base; they agree on what concerns the base.
             backend: Computes training and evaluation; None: the GPU decoder where it is
                 supported, else autograd.
+            borrows_blocks: Whether each GPU of a spread base computes all blocks for its own slots
+                (`Plan.borrows_blocks`), where the base's weights allow it.
         """
         self.base = base.requires_grad_(False)
         self.dtype = compute_dtype(config.quantization)
@@ -108,8 +117,14 @@ class Bank:
         self._stages = count_stages(base)
         """GPUs that compute one after the other: the layers of a base may be on several."""
         self._output_device = self.device
+        self._slot_counts: Counter[torch.device] = Counter()
+        """Slots on each GPU, where each computes all blocks for its own."""
         if self._stages > 1:
-            self._output_device = block_devices(base.get_decoder())[-1]
+            devices = block_devices(base.get_decoder())
+            self._output_device = devices[-1]
+            self._slot_counts.update(dict.fromkeys(devices, 0))
+        self._probes_other_gpus = True
+        """Whether all are probed before there is a slot on one."""
         self._logit_transform = logit_transform_of(base.config)
         self.shares_prefixes = not recurrent_layers(base)
         """Whether a common prefix of a batch's rows is computed once. The state of a recurrent
@@ -117,7 +132,9 @@ class Bank:
         # Made even beside the GPU decoder, because text generation needs the base's own modules:
         # the decoder has no cache of keys and values.
         self._autograd = AutogradBackend(base, bool(config.trainer.checkpointing))
-        self.backend: Backend = backend or gpu_decoder(base, config) or self._autograd
+        self.backend: Backend = (
+            backend or gpu_decoder(base, config, borrows_blocks) or self._autograd
+        )
         self._quantization = config.quantization
         self.slots_in_use = 0
         """Slots in which runs train now, counted by `SharedResources.slot`."""
@@ -164,7 +181,50 @@ class Bank:
         """
         if model is None:
             model = self.initialise_adapter(lora, seed)
-        slot = Slot(self, lora, seed, model)
+        if self.backend.borrows_blocks and self._probes_other_gpus:
+            # While no slot depends on how the base is computed.
+            self._probes_other_gpus = False
+            for device in self._slot_counts:
+                if self.backend.borrows_blocks:
+                    self._check_backend(self._attached_slot(lora, seed, model, device))
+        slot = self._attached_slot(lora, seed, model, self._emptiest_gpu())
+        self._check_backend(slot)
+        if slot.is_on_one_device and not self.backend.borrows_blocks:
+            slot = self._attached_slot(lora, seed, model, None)
+            self._check_backend(slot)
+        self._slot_counts[slot.device] += 1
+        return slot
+
+    def remove_slot(self, slot: Slot) -> None:
+        """Leave a slot's place to the next one."""
+        self._slot_counts[slot.device] -= 1
+
+    def _emptiest_gpu(self) -> torch.device | None:
+        """The GPU that is to compute all blocks for the next slot; None: none does."""
+        if not self.backend.borrows_blocks:
+            return None
+        return min(self._slot_counts, key=lambda device: self._slot_counts[device])
+
+    def _batch_devices(self, slot: Slot) -> BatchDevices:
+        """Return where a pass of a slot reads the tensors of its batch."""
+        first = last = slot.device
+        if not slot.is_on_one_device:
+            first, last = self.device, self._output_device
+        return BatchDevices(self.device, first, last, self._head_device)
+
+    def _attached_slot(
+        self,
+        lora: LoraSettings,
+        seed: int,
+        model: "PeftModel",
+        device: torch.device | None,
+    ) -> Slot:
+        """Create a slot that the backends know.
+
+        Raises:
+            ConfigError: The backend can't train the adapter.
+        """
+        slot = Slot(self, lora, seed, model, device)
         if slot.is_beyond_lora and self._stages > 1:
             raise refusal(
                 "trainer.gpus",
@@ -180,7 +240,6 @@ class Bank:
         self.backend.attach(slot)
         # Text is generated by the base's own modules, whatever backend trains.
         self._autograd.attach(slot)
-        self._check_backend(slot)
         return slot
 
     def _check_backend(self, slot: Slot) -> None:
@@ -193,6 +252,9 @@ class Bank:
             if self._failure(Shortcut.GPU_DECODER, slot) is None:
                 return
             self.backend = self._autograd
+            if slot.is_on_one_device:
+                # Autograd can't compute for it: another one is made.
+                return
         failure = self._failure(Shortcut.PACKED_BATCH, slot)
         if failure is not None:
             details = f"({model_type_of(self.base)}: {failure}); allowed: trl"
@@ -206,6 +268,7 @@ class Bank:
             autograd=self._autograd,
             base=self.base,
             slot=slot,
+            devices=self._batch_devices(slot),
             quantization=self._quantization,
         )
 
@@ -297,33 +360,46 @@ class Bank:
             The result of each request, which a GPU may still be computing. The gradients replace
             those in the slots.
         """
-        timer = PassTimer(self.device)
-        # Adapters are copied between GPUs before the passes, and their gradients after them: a copy
-        # waits for what both GPUs have to compute.
+        devices = dict.fromkeys(request.slot.device for request in requests)
+        timers = {device: PassTimer(device) for device in devices}
+        # In a pipeline adapters are copied between GPUs before the passes, and their gradients
+        # after them: a copy waits for what both GPUs have to compute.
         slots = self._refreshed_slots(requests)
         groups = self._groups(requests)
         passes = interleave([self._forward(group) for group in groups])
         group_losses = interleave([self._backward(each) for each in passes])
-        losses = [*itertools.chain(*group_losses)]
+        losses = _by_request(groups, group_losses)
         for slot in slots:
             slot.collect_gradient()
-        norms = [slot.gradient.norm() for slot in slots]
-        timer.stop()
-        slot_losses = torch.stack(losses).to(self.device)
-        figures = PassFigures(slot_losses, torch.stack(norms).double(), timer)
+        results: dict[int, ForwardBackwardResult] = {}
+        for device, timer in timers.items():
+            here = [request for request in requests if request.slot.device == device]
+            norms = [request.slot.gradient.norm() for request in here]
+            timer.stop()
+            slot_losses = torch.stack([losses[id(request)] for request in here])
+            figures = PassFigures(slot_losses, torch.stack(norms).double(), timer)
+            for index, request in enumerate(here):
+                results[id(request)] = ForwardBackwardResult(figures, index)
         if self.is_asynchronous:
             for request in requests:
                 if request.prepare_next is not None:
                     request.prepare_next()
             self._run_host_work()
-        return [ForwardBackwardResult(figures, index) for index in range(len(slots))]
+        return [results[id(request)] for request in requests]
 
     def _groups(self, requests: Sequence[_Request]) -> list[Sequence[_Request]]:
         """Divide requests into those that are computed together.
 
-        On several GPUs one group's layers are computed by a GPU while another computes the next
-        layers of the group before (`pipeline`).
+        On several GPUs each GPU has a group of its own, whose blocks it computes. Or one group's
+        blocks are computed by a GPU while another computes the next blocks of the group before
+        (`pipeline`).
         """
+        if self.backend.borrows_blocks:
+            devices = dict.fromkeys(request.slot.device for request in requests)
+            return [
+                [request for request in requests if request.slot.device == device]
+                for device in devices
+            ]
         size = group_size(len(requests), self._stages)
         return [
             requests[start : start + size] for start in range(0, len(requests), size)
@@ -404,18 +480,18 @@ class Bank:
         with torch.inference_mode():
             figures = interleave([self._evaluate(group) for group in groups])
         losses, tokens, correct = self._fetch(torch.cat(figures, 1))
-        evaluations = []
+        evaluations: dict[int, Evaluation] = {}
         first_row = 0
-        for request in requests:
+        for request in itertools.chain(*groups):
             rows = slice(first_row, first_row + len(request.rows))
             evaluation = Evaluation(
                 row_losses=tuple(losses[rows]),
                 row_tokens=tuple(map(int, tokens[rows])),
                 row_correct=tuple(map(int, correct[rows])),
             )
-            evaluations.append(evaluation)
+            evaluations[id(request)] = evaluation
             first_row = rows.stop
-        return evaluations
+        return [evaluations[id(request)] for request in requests]
 
     def _evaluate(self, requests: Sequence[Evaluate]) -> PassSteps[torch.Tensor]:
         """Compute the loss of each row, its answer tokens, and how many of these are predicted.
@@ -462,7 +538,7 @@ class Bank:
         self, requests: Sequence[ForwardBackward | Evaluate]
     ) -> PackedBatch:
         layouts = [self._layout(request) for request in requests]
-        return PackedBatch(layouts, self.device, self._output_device)
+        return PackedBatch(layouts, self._batch_devices(requests[0].slot))
 
     def _layout(self, request: ForwardBackward | Evaluate) -> BatchLayout:
         if isinstance(request, ForwardBackward) and request.layout is not None:
@@ -491,3 +567,12 @@ class Bank:
         self._host_work = None
         if host_work is not None:
             host_work()
+
+
+def _by_request(
+    groups: Sequence[Sequence[ForwardBackward]], values: Sequence[list[torch.Tensor]]
+) -> dict[int, torch.Tensor]:
+    """The value of each request of each group, by the request's id."""
+    requests = itertools.chain(*groups)
+    flat = itertools.chain(*values)
+    return {id(request): value for request, value in zip(requests, flat, strict=True)}

@@ -153,21 +153,30 @@ def packed_spans(rows: Sequence[Row], shares_prefixes: bool = True) -> list[Span
     return lay_out(rows, None if shares_prefixes else 1).spans
 
 
+@dataclass(frozen=True)
+class BatchDevices:
+    """Where a pass reads the tensors of its batch: the parts of a base may be on several GPUs."""
+
+    embedding: torch.device
+    first_block: torch.device
+    last_block: torch.device
+    head: torch.device
+
+    @classmethod
+    def all_on(cls, device: torch.device) -> "BatchDevices":
+        """Where everything is on one device."""
+        return cls(device, device, device, device)
+
+
 class PackedBatch:
     """The tokens of several runs' batches, one batch after another, and where everything is."""
 
-    def __init__(
-        self,
-        layouts: Sequence[BatchLayout],
-        device: torch.device,
-        output_device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, layouts: Sequence[BatchLayout], devices: BatchDevices) -> None:
         """Join the batches.
 
         Args:
             layouts: The batch of each run.
-            device: Where the tensors go.
-            output_device: Where those of answer tokens go; None: there too.
+            devices: Where the tensors go.
         """
         self.batch_spans: list[tuple[int, int]] = []
         """The tokens of each run's batch: first, one past the last."""
@@ -190,14 +199,16 @@ class PackedBatch:
             token, target, row = next_token, next_target, row + layout.row_count
         columns = (targets, target_rows, positions, position_ids, input_ids)
         arrays = [numpy.concatenate(column) for column in columns]
-        # One copy to the device for all of them: each copy is a launch.
-        joined = torch.from_numpy(numpy.concatenate(arrays))
-        sizes = [len(array) for array in arrays]
-        tensors = [*torch.split(to_device(joined, device), sizes)]
-        if output_device not in (None, device):
-            # From the host: a copy from the other GPU would wait for what both have to compute.
-            for number, array in enumerate(arrays[:3]):
-                tensors[number] = to_device(torch.from_numpy(array), output_device)
+        tensors = _copied(
+            arrays,
+            [
+                devices.head,
+                devices.head,
+                devices.last_block,
+                devices.first_block,
+                devices.embedding,
+            ],
+        )
         self.host_position_ids = torch.from_numpy(arrays[3])
         """`position_ids` in the host's memory [tokens]."""
         self.targets = tensors[0]
@@ -214,17 +225,37 @@ class PackedBatch:
 
 def pack_rows(
     batches: Sequence[Sequence[Row]],
-    device: torch.device,
+    devices: torch.device | BatchDevices,
     group_sizes: Sequence[int | None] | None = None,
 ) -> PackedBatch:
     """Make a packed batch of rows.
 
     Args:
         batches: The rows of each run's batch.
-        device: Where the tensors go.
+        devices: Where the tensors go.
         group_sizes: For each batch how many rows after each other may share a prefix; None: all
             of the batch.
     """
     sizes = group_sizes or [None] * len(batches)
     layouts = [lay_out(rows, size) for rows, size in zip(batches, sizes, strict=True)]
-    return PackedBatch(layouts, device)
+    if isinstance(devices, torch.device):
+        devices = BatchDevices.all_on(devices)
+    return PackedBatch(layouts, devices)
+
+
+def _copied(
+    arrays: Sequence[numpy.ndarray], devices: Sequence[torch.device]
+) -> list[torch.Tensor]:
+    """Copy arrays from the host, each to its device.
+
+    A copy from another GPU would wait for what both have to compute.
+    """
+    tensors: dict[int, torch.Tensor] = {}
+    for device in dict.fromkeys(devices):
+        numbers = [n for n, other in enumerate(devices) if other == device]
+        # One copy for all that go there: each copy is a launch.
+        joined = numpy.concatenate([arrays[number] for number in numbers])
+        sizes = [len(arrays[number]) for number in numbers]
+        copied = torch.split(to_device(torch.from_numpy(joined), device), sizes)
+        tensors |= dict(zip(numbers, copied, strict=True))
+    return [tensors[number] for number in range(len(arrays))]

@@ -20,20 +20,24 @@ class PassFigures:
 
         Args:
             losses: Sum of each slot's losses in nats, float64 [slots].
-            norms: 2-norm of each slot's gradient, float64 [slots].
+            norms: 2-norm of each slot's gradient, float64 [slots]; on the slots' device.
             timer: Of the pass, stopped.
         """
         self.norms = norms
         """As given, on the device."""
-        # One tensor, so that there is one copy from the GPU for all slots.
-        self._copy = HostCopy(torch.stack([losses, norms], 1))
+        if losses.device == norms.device:
+            # One tensor, so that there is one copy from the GPU for all slots.
+            self._copies = [HostCopy(torch.stack([losses, norms]))]
+        else:
+            # Neither GPU waits for the other.
+            self._copies = [HostCopy(losses[None]), HostCopy(norms[None])]
         self._timer = timer
         self._values: list[list[float]] | None = None
 
     def of_slot(self, index: int) -> tuple[float, float]:
         """Return a slot's loss and norm; waits until the GPU has computed them."""
-        loss, norm = self._read()[index]
-        return loss, norm
+        losses, norms = self._read()
+        return losses[index], norms[index]
 
     def seconds(self) -> float:
         """Return the duration of the pass; waits as `of_slot` does."""
@@ -42,5 +46,7 @@ class PassFigures:
 
     def _read(self) -> list[list[float]]:
         if self._values is None:
-            self._values = self._copy.read().tolist()
+            self._values = []
+            for copy in self._copies:
+                self._values += copy.read().tolist()
         return self._values

@@ -4,6 +4,8 @@ Each GPU of a spread base is to compute one group's blocks while the others comp
 groups (a pipeline, as Huang et al., 2019, GPipe). A GPU takes about a thousand kernels ahead; then
 the host waits for it. A host that launched one whole pass after another would wait so for one GPU
 while the next one has nothing left to do.
+
+So too where each GPU computes all blocks for a group of its own (`gpu.borrowed_blocks`).
 """
 
 import math

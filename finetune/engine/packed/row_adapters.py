@@ -64,7 +64,7 @@ class RowAdapters:
         else:
             y = linear(x, dense_weight(layer), getattr(layer, "bias", None))
         if name not in self._stacks:
-            self._stacks[name] = self._stack(name)
+            self._stacks[name] = self._stack(name, x.device)
         stack = self._stacks[name]
         if stack is None:
             return y
@@ -101,7 +101,8 @@ class RowAdapters:
         if bias is not None:
             y += bias
 
-    def _stack(self, name: str) -> _Stack | None:
+    def _stack(self, name: str, device: torch.device) -> _Stack | None:
+        """Stack the adapters of a layer on its device; slots may have them on others."""
         adapters = [slot.adapters.get(name) for slot in self._slots]
         present = [adapter for adapter in adapters if adapter is not None]
         if not present:
@@ -112,11 +113,11 @@ class RowAdapters:
         for adapter in adapters:
             if adapter is None:
                 # Not another slot's numbers times 0: they may be NaN.
-                a = torch.zeros_like(present[0].a)
-                scaled_b = torch.zeros_like(present[0].b)
+                a = torch.zeros_like(present[0].a, device=device)
+                scaled_b = torch.zeros_like(present[0].b, device=device)
             else:
-                a = adapter.a
-                scaled_b = adapter.b * adapter.scaling
+                a = adapter.a.to(device)
+                scaled_b = adapter.b.to(device) * adapter.scaling
             missing = rank - len(a)
             stacked_a.append(pad(a.t(), (0, missing)))
             stacked_b.append(pad(scaled_b.t(), (0, 0, 0, missing)))

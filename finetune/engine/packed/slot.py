@@ -26,6 +26,7 @@ class SlotBank(Executor, Protocol):
     """What a slot needs of its bank."""
 
     device: torch.device
+    """Of the embedding."""
     dtype: torch.dtype
     """Of matrix products."""
     base: "PreTrainedModel"
@@ -49,8 +50,9 @@ class Slot:
         lora: LoraSettings,
         seed: int,
         model: "PeftModel",
+        device: torch.device | None = None,
     ) -> None:
-        """Copy a fresh adapter to the bank's device.
+        """Copy a fresh adapter to its device.
 
         Args:
             bank: The bank that the slot is on.
@@ -58,6 +60,7 @@ class Slot:
             seed: The run's seed.
             model: The adapter as PEFT has it, on a base without weights. It stays usable for
                 saving and loading, because its weights become views of the slot's vector.
+            device: Computes all layers for the slot; None: each layer is computed where it is.
         """
         self.bank = bank
         self.dropout = lora.dropout
@@ -74,8 +77,13 @@ class Slot:
         # One vector: the norm of the gradient, the update and a copy to the host are one operation
         # each, however many layers there are.
         flat_parameters = [parameter.data.flatten() for parameter in self.parameters]
-        weights = torch.cat(flat_parameters)
-        self.vector = to_device(weights, bank.device)
+        # On the host, unless another slot has been made of the model.
+        weights = torch.cat(flat_parameters).cpu()
+        self.is_on_one_device = device is not None
+        """Whether one device computes all layers for the slot, wherever their weights are."""
+        self.device = device or bank.device
+        """Has the vector, and so the optimizer's state."""
+        self.vector = to_device(weights, self.device)
         """All adapter weights [parameters], float32."""
         self.gradient = torch.zeros_like(self.vector)
         """Gradient of the last batch [parameters], float32."""
@@ -83,9 +91,9 @@ class Slot:
             self.vector,
             self.gradient,
             bank.dtype,
-            devices=[layer_device(bank.base, name) for name in layers],
+            devices=[device or layer_device(bank.base, name) for name in layers],
             sizes=[_size(layer) for layer in layers.values()],
-            bank_device=bank.device,
+            slot_device=self.device,
         )
         self.adapters = self._adapter_views(layers)
         """The adapters by the name of their layer."""

@@ -33,7 +33,7 @@ def make_sections(
     dtype: torch.dtype,
     devices: Sequence[torch.device],
     sizes: Sequence[int],
-    bank_device: torch.device,
+    slot_device: torch.device,
 ) -> list[Section]:
     """Divide a slot's vector into sections.
 
@@ -43,7 +43,7 @@ def make_sections(
         dtype: Of products.
         devices: Of each layer, in the order of the vector.
         sizes: Weights of each layer.
-        bank_device: Of the vector.
+        slot_device: Of the vector.
     """
     sections = []
     start = 0
@@ -51,7 +51,7 @@ def make_sections(
     for device, group in itertools.groupby(layers, key=lambda layer: layer[0]):
         stop = start + sum(size for _, size in group)
         span = slice(start, stop)
-        is_elsewhere = device != bank_device
+        is_elsewhere = device != slot_device
         weights = vector[span]
         section_gradient = gradient[span]
         copies_weights = is_elsewhere or dtype != vector.dtype

@@ -108,7 +108,7 @@ class PackedTraining:
         """The batches of the next step, if they have been prepared."""
         self._budget = Budget(config.trainer, total, unlimited_steps(config, len(rows)))
         self._optimizer = SlotOptimizer(config, slot, total)
-        self._weights_event = record_event(slot.bank.device)
+        self._weights_event = record_event(slot.device)
         """Recorded after the last update of the weights; None on a CPU."""
         self.model = slot.model
         """The adapter as PEFT has it."""
@@ -132,7 +132,7 @@ class PackedTraining:
         if checkpoint is not None:
             self._optimizer.load(checkpoint)
             # A copy to the host has to wait for the loaded weights too.
-            self._weights_event = record_event(self._slot.bank.device)
+            self._weights_event = record_event(self._slot.device)
         save_every = resolve_steps(self._config.trainer.save_steps, self._total)
         checkpoint_limit = self._config.trainer.extra.get("save_total_limit", 1)
         lengths = self._rows.lengths
@@ -351,7 +351,7 @@ class PackedTraining:
             position = self._budget.position(progress)
         learning_rate = self._optimizer.learning_rate(position)
         self._optimizer.update(gradient, norm / loss_scale, learning_rate)
-        self._weights_event = record_event(slot.bank.device)
+        self._weights_event = record_event(slot.device)
         tokens = 0
         for batch in batches:
             tokens += sum(len(row["input_ids"]) for row in batch.rows)

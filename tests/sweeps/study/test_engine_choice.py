@@ -24,7 +24,7 @@ def test_all_sessions_train_as_the_first_has_decided(
     from sweeps.study.session import Session
 
     study: Any = SimpleNamespace(optuna=optuna.create_study())
-    first = EngineChoice("packed", 2, checkpointing)
+    first = EngineChoice("packed", 2, checkpointing, borrows_blocks=True)
     assert decide_engine(study, first) == first
     assert decide_engine(study, EngineChoice("trl", 1)) == first
     session = SimpleNamespace(

@@ -14,6 +14,7 @@ from support.matrix import further
 from support.studies import settings_of, sweeper_config
 
 from finetune.errors import ConfigError
+from finetune.run.resources import shared_resources
 from sweeps.study.launchers import _with_worker_launcher
 from sweeps.study.launching import worker_count
 
@@ -139,3 +140,64 @@ def test_other_gpus_than_those_of_a_worker_are_refused(tiny: Any) -> None:
     line = "trainer.gpus=3: each worker has hydra.sweeper.gpus_per_worker=2"
     with pytest.raises(ConfigError, match=line):
         _choose_engine(settings, [tiny("trainer.gpus=3")])
+
+
+@pytest.mark.parametrize("only", [None, 3])
+def test_a_worker_loads_its_base_as_the_plan_of_the_study_decides(
+    only: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sweeps.study import worker
+    from sweeps.study.engine_choice import EngineChoice
+
+    ways = []
+
+    def train_together(next_run: Any, slots: int) -> int:
+        ways.append(shared_resources._borrows_blocks)
+        return 0
+
+    nothing = SimpleNamespace(
+        interrupt=None, leases=None, total=1, storage_error=None, next_run=None
+    )
+    for name in ("Study", "_TrialSource", "BaselineSeeds"):
+        monkeypatch.setattr(worker, name, lambda *_, **__: nothing)
+    monkeypatch.setattr(worker, "_select_gpus", lambda *_: None)
+    monkeypatch.setattr(worker, "train_together", train_together)
+    for borrows in (True, False):
+        session: Any = SimpleNamespace(
+            engine=EngineChoice("packed", 4, False, borrows),
+            settings=SimpleNamespace(study_name="s1", lost_after=1.0),
+            sweeper=SimpleNamespace(is_this=True),
+            folder=None,
+            address=None,
+        )
+        worker.Worker(session, only)._work(0)
+    # A trial that trains alone has one slot.
+    assert ways == [only is None, False]
+    assert not shared_resources._borrows_blocks
+
+
+def test_blocks_are_borrowed_where_each_base_of_a_study_leaves_memory_for_it(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sweeps.study import opening
+    from sweeps.study.slot_count import SlotChoice
+
+    configs = [tiny("seed=1"), tiny("seed=2")]
+    monkeypatch.setattr(opening, "choose_engine", lambda *_: "packed")
+    # As if they had two bases.
+    monkeypatch.setattr(
+        opening,
+        "by_base",
+        lambda configs: {config.seed: [config] for config in configs},
+    )
+    settings = settings_of("hydra.sweeper.slots=auto")
+    for ways in ({1: (6, True), 2: (4, True)}, {1: (4, True), 2: (6, False)}):
+
+        def choose_slots(_: Any, config: Any, ways: Any = ways) -> SlotChoice:
+            count, borrows = ways[config.seed]
+            return SlotChoice(count, config, borrows)
+
+        monkeypatch.setattr(opening, "choose_slots", choose_slots)
+        engine = opening._choose_engine(settings, configs)
+        all_borrow = all(borrows for _, borrows in ways.values())
+        assert (engine.slots, engine.borrows_blocks) == (4, all_borrow)

@@ -16,6 +16,12 @@ from typing import Any
 import torch
 
 from finetune.engine.packed.gpu.block import Block, BlockActivations
+from finetune.engine.packed.gpu.borrowed_blocks import (
+    BlockSource,
+    BorrowedBlocks,
+    HomeBlocks,
+    Replica,
+)
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.per_layer_input import (
     PerLayerEmbedding,
@@ -39,7 +45,7 @@ class BlocksTrace:
 
 
 class DecoderBlocks:
-    """All blocks of a decoder, on the base's own weights."""
+    """All blocks of a decoder, on the base's own weights or on borrowed ones."""
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class DecoderBlocks:
         config: Any,
         block: DecoderBlock,
         stored: StoredBlocks,
+        borrows: bool = False,
     ) -> None:
         """Read the blocks.
 
@@ -59,6 +66,7 @@ class DecoderBlocks:
             config: The base's text config.
             block: What the blocks are made of.
             stored: Says how many blocks keep their activations.
+            borrows: Whether each device computes all blocks, of passes that begin there.
         """
         self._stored = stored
         self._position_kinds = block.position_kinds
@@ -75,15 +83,27 @@ class DecoderBlocks:
         if block.rotary_by_layer_type:
             layer_types = list(config.layer_types)
         self._layer_types = sorted(set(layer_types), key=str)
-        self._blocks: list[Block] = []
-        for number, module in enumerate(model.layers):
+
+        def read(number: int, module: Any) -> Block:
             name = f"{prefix}.layers.{number}"
-            layer_type = layer_types[number]
-            self._blocks.append(
-                Block(module, name, table_rows, config, block, layer_type)
-            )
-        self._devices = block_devices(model)
-        """Of each block."""
+            return Block(module, name, table_rows, config, block, layer_types[number])
+
+        blocks = [read(number, module) for number, module in enumerate(model.layers)]
+        devices = block_devices(model)
+        self._layers = len(blocks)
+        self._home = HomeBlocks(blocks, devices)
+        self._borrowed: dict[torch.device, BorrowedBlocks] = {}
+        """By the device that computes a pass; empty: each block is computed where it lives."""
+        for device in dict.fromkeys(devices) if borrows else ():
+            replicas = {
+                number: Replica.of(module, device)
+                for number, module in enumerate(model.layers)
+                if devices[number] != device
+            }
+            here = [*blocks]
+            for number, replica in replicas.items():
+                here[number] = read(number, replica.module)
+            self._borrowed[device] = BorrowedBlocks(device, here, replicas)
 
     def forward(
         self,
@@ -104,20 +124,23 @@ class DecoderBlocks:
         Returns:
             The last block's output [tokens, hidden_size], and the trace for `backward`.
         """
+        blocks = self._blocks_of(context)
+        x = x.to(context.position_ids.device)
         context = self._with_angles(context, x)
         per_layer = None
         if self._per_layer is not None:
             inputs, per_layer = self._per_layer.forward(x, context)
             context = dataclasses.replace(context, per_layer_inputs=inputs)
-        layers = len(self._blocks)
+        layers = self._layers
         recomputed = layers - self._stored.count_fewest(context.slots)
         allocated = allocated_memory(x.device) if stores_more else None
         stored: list[BlockActivations | torch.Tensor] = []
-        for number, block in enumerate(self._blocks):
-            device = self._devices[number]
+        for number in range(layers):
+            device = blocks.device(number)
             yield device
             x = x.to(device)
-            output, activations = block.forward(x, context.on(device))
+            with blocks.taken(number, 1) as block:
+                output, activations = block.forward(x, context.on(device))
             assert output is not None
             if number == 0 and allocated is not None:
                 most = self._stored.count_most(context.slots, x, allocated)
@@ -130,6 +153,10 @@ class DecoderBlocks:
             # Or they would outlive the next block's forward pass.
             del activations, output
         return x, BlocksTrace(context, stored, per_layer)
+
+    def _blocks_of(self, context: PassContext) -> BlockSource:
+        """The blocks that a pass goes through."""
+        return self._borrowed.get(context.position_ids.device, self._home)
 
     def _with_angles(self, context: PassContext, x: torch.Tensor) -> PassContext:
         """Add the angles of the rotary embedding to a pass, on each device.
@@ -171,10 +198,11 @@ class DecoderBlocks:
         """
         # As in `count_fewest`: several slots need room for as many batches anyway.
         cache_weights = trace.context.slots > 1
-        for block in reversed(self._blocks):
+        blocks = self._blocks_of(trace.context)
+        for number in reversed(range(self._layers)):
             # Taken out of the trace, so that the activations are freed block by block.
             stored = trace.blocks.pop()
-            device = self._devices[len(trace.blocks)]
+            device = blocks.device(number)
             yield device
             grad = grad.to(device)
             weight_cache: dict[str, torch.Tensor] | None = None
@@ -183,15 +211,15 @@ class DecoderBlocks:
             context = dataclasses.replace(
                 trace.context.on(device), weight_cache=weight_cache
             )
-            if isinstance(stored, torch.Tensor):
-                _, stored = block.forward(stored, context, recompute=True)
-            is_first = not trace.blocks
-            grad_x = block.backward(
-                grad,
-                stored,
-                context,
-                need_input_grad=not is_first,
-            )
+            with blocks.taken(number, -1) as block:
+                if isinstance(stored, torch.Tensor):
+                    _, stored = block.forward(stored, context, recompute=True)
+                grad_x = block.backward(
+                    grad,
+                    stored,
+                    context,
+                    need_input_grad=number > 0,
+                )
             if grad_x is not None:
                 grad = grad_x
         if self._per_layer is not None and trace.per_layer is not None:

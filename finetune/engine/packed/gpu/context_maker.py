@@ -17,7 +17,6 @@ from finetune.engine.packed.gpu.pass_size import PassSize, padding_span
 from finetune.engine.packed.gpu.query_scales import query_scales
 from finetune.model.decoder_blocks import DecoderBlock
 from finetune.model.device import to_device
-from finetune.model.layer_devices import block_devices
 
 if TYPE_CHECKING:
     from finetune.engine.packed.slot import Slot
@@ -26,13 +25,20 @@ if TYPE_CHECKING:
 class ContextMaker:
     """Makes the context of each pass on one base."""
 
-    def __init__(self, model: Any, config: Any, block: DecoderBlock) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: Any,
+        block: DecoderBlock,
+        devices: Sequence[torch.device],
+    ) -> None:
         """Read what the tables depend on.
 
         Args:
             model: Transformers' decoder.
             config: The base's text config.
             block: What the blocks are made of.
+            devices: Of the blocks that a pass goes through, beside that of the first one.
         """
         self._scaled_config = config if block.scales_queries else None
         self._head_dims = {
@@ -43,7 +49,7 @@ class ContextMaker:
         self._has_delta_nets = any(
             hasattr(module, "linear_attn") for module in model.layers
         )
-        self._devices = block_devices(model)
+        self._devices = devices
 
     def make(
         self,
@@ -63,7 +69,7 @@ class ContextMaker:
         Returns:
             The context, without what the blocks compute for themselves.
         """
-        device = batch.input_ids.device
+        device = batch.position_ids.device
         elsewhere = {
             other: self._make_on(other, batch, slots, dropout_steps, size)
             for other in self._devices

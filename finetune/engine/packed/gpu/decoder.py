@@ -32,7 +32,7 @@ from finetune.engine.packed.gpu.stored_blocks import StoredBlocks, count_weights
 from finetune.engine.packed.pipeline import PassSteps
 from finetune.model.architectures import logit_transform_of, text_config_of
 from finetune.model.decoder_blocks import decoder_block_of
-from finetune.model.layer_devices import count_stages
+from finetune.model.layer_devices import block_devices, count_stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,13 +62,18 @@ class Decoder:
     """With fewer answer tokens at once, their matrix products leave a large GPU half idle."""
 
     def __init__(
-        self, base: "PreTrainedModel", gradient_checkpointing: Checkpointing
+        self,
+        base: "PreTrainedModel",
+        gradient_checkpointing: Checkpointing,
+        borrows_blocks: bool = False,
     ) -> None:
         """Read the base's layers; the base itself is not changed.
 
         Args:
             base: A base that `supports_gpu_decoder`.
             gradient_checkpointing: As `TrainerSettings` has it, decided.
+            borrows_blocks: Whether each GPU of a spread base computes all blocks for its slots
+                (`borrowed_blocks`); `reason_not_borrowed` has no objection.
         """
         block = decoder_block_of(base.config)
         assert block is not None
@@ -85,13 +90,22 @@ class Decoder:
                 linear_names.append(name)
         self._table_rows = {name: row for row, name in enumerate(linear_names)}
         """Each linear layer's row in the slots' tables."""
-        self._contexts = ContextMaker(model, config, block)
+        self.borrows_blocks = borrows_blocks
+        self._contexts = ContextMaker(
+            model, config, block, [] if borrows_blocks else block_devices(model)
+        )
         self._is_spread = count_stages(base) > 1
         element_bytes = self._embedding.weight.element_size()
         logits = self.count_logits_bytes(config, element_bytes)
         self._stored = StoredBlocks(model.layers, gradient_checkpointing, logits)
         self._blocks = DecoderBlocks(
-            model, prefix, self._table_rows, config, block, self._stored
+            model,
+            prefix,
+            self._table_rows,
+            config,
+            block,
+            self._stored,
+            borrows_blocks,
         )
         self._recorder = PassRecorder(self._blocks, count_weights(model.layers[0]))
 

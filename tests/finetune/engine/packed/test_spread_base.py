@@ -5,7 +5,6 @@ The GPUs are pretended (`support.pretend_gpus`): an operation on tensors of two 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,11 +13,16 @@ from support.decoder_bases import random_base
 from support.matrix import further
 from support.pretend_gpus import GPUS, LABELS, pretend_gpus, spread
 from support.runs import final, losses
+from support.spread_bases import (
+    configs_of,
+    interrupt_after,
+    llama,
+    load_on_pretend_gpus,
+    train,
+)
 
 from finetune.config.schema import RunConfig
-from finetune.engine.packed.autograd_backend import AutogradBackend
-from finetune.engine.packed.requests import Evaluate, ForwardBackward, Generate
-from finetune.engine.probes import _answers
+from finetune.engine.packed.requests import ForwardBackward
 from finetune.errors import ConfigError
 
 Tiny = Callable[..., RunConfig]
@@ -28,78 +32,6 @@ Tiny = Callable[..., RunConfig]
 def deep_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of eight small blocks, whose head is no copy of its embedding."""
     return llama(tiny_base, tmp_path_factory.mktemp("deep") / "base", tied=False)
-
-
-def llama(tiny_base: Path, folder: Path, tied: bool, layers: int = 8) -> Path:
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-
-    config = AutoConfig.from_pretrained(tiny_base)
-    config.num_hidden_layers = layers
-    config.tie_word_embeddings = tied
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
-    return folder
-
-
-def train(configs: list[RunConfig], saves: bool | None) -> dict[str, Any]:
-    """Train slots for some steps, evaluate them and let them answer.
-
-    Args:
-        configs: Of each slot.
-        saves: See `load_bank`.
-    """
-    bank = load_bank(configs[0], saves)
-    slots = [bank.create_slot(config.lora, config.seed) for config in configs]
-    # No probe has found it wrong.
-    assert isinstance(bank.backend, AutogradBackend) is (saves is None)
-    generator = torch.Generator().manual_seed(1)
-    figures = []
-    gradients = []
-    for slot in slots:
-        # Other weights in each slot, none of them zero.
-        noise = 0.02 * torch.randn(slot.vector.shape, generator=generator)
-        slot.vector.add_(noise.to(slot.vector.device))
-    # Triton's interpreter is slow.
-    steps = 2 if saves is None else 1
-    for step in range(1, steps + 1):
-        requests = []
-        for number, slot in enumerate(slots):
-            ids = torch.randint(0, 500, (2, 9 + number), generator=generator).tolist()
-            rows = [{"input_ids": row, "labels": [-100] * 5 + row[5:]} for row in ids]
-            noise_alpha = 5.0 if number == 1 else None
-            requests.append(
-                ForwardBackward(slot, rows, 0.1, step, noise_alpha=noise_alpha)
-            )
-        results = bank.forward_backward(requests)
-        evaluations = bank.evaluate(
-            [
-                Evaluate(slot, request.rows)
-                for slot, request in zip(slots, requests, strict=True)
-            ]
-        )
-        for result, evaluation in zip(results, evaluations, strict=True):
-            figures += [result.loss, result.norm, *evaluation.row_losses]
-            figures += [*evaluation.row_tokens, *evaluation.row_correct]
-        for slot in slots:
-            gradients.append(slot.gradient.cpu().clone())
-            slot.vector.sub_(slot.gradient)
-    answered = answers(bank, slots)
-    # Every shortcut holds, or the ways that are compared would be the slow ones.
-    assert set(_answers[bank.base].values()) == {None}
-    return {
-        "devices": {weight.device for weight in bank.base.parameters()},
-        "figures": figures,
-        "gradients": gradients,
-        "answers": answered,
-    }
-
-
-def answers(bank: Any, slots: list[Any]) -> Any:
-    from finetune.engine.encoded_prompts import EncodedPrompts
-
-    prompts = EncodedPrompts([[5, 9, 30], [7, 70]], [6, 4], [], 1)
-    return bank.generate([Generate(slot, prompts) for slot in slots])
 
 
 def compare(
@@ -117,30 +49,6 @@ def compare(
     for mine, theirs in zip(spread_out["gradients"], alone["gradients"], strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-5)
     assert spread_out["answers"] == alone["answers"]
-
-
-def load_on_pretend_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.model.loading import load_base
-
-    def load(*arguments: Any) -> Any:
-        return spread(load_base(*arguments))
-
-    monkeypatch.setattr("finetune.model.loading.load_base", load)
-
-
-def configs_of(tiny: Tiny, folder: Path, count: int, *more: str) -> list[RunConfig]:
-    targets = ("q_proj", "down_proj"), ("v_proj",), ("q_proj", "k_proj", "up_proj")
-    return [
-        tiny(
-            f"model.name_or_path={folder}",
-            "quantization=none",
-            f"lora.target_modules=[{','.join(targets[number % 3])}]",
-            f"lora.r={2 + number}",
-            f"seed={number}",
-            *more,
-        )
-        for number in range(count)
-    ]
 
 
 @pytest.mark.usefixtures("fresh_cache")
@@ -262,21 +170,6 @@ def test_a_run_goes_on_from_its_checkpoint(
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
 
 
-def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupt a run once, after some passes."""
-    from finetune.engine.packed.bank import Bank
-
-    original = Bank.forward_backward
-    passes = iter(range(1000))
-
-    def forward_backward(self: Any, requests: Any) -> Any:
-        if next(passes) == steps:
-            raise KeyboardInterrupt
-        return original(self, requests)
-
-    monkeypatch.setattr(Bank, "forward_backward", forward_backward)
-
-
 def test_the_pretended_gpus_find_a_base_that_does_not_move_its_inputs(
     tiny: Tiny, deep_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,11 +210,7 @@ def test_between_gpus_go_hidden_states_alone(
     between = [copy for copy in copies if set(copy[:2]) == set(GPUS)]
     # The last token predicts nothing, and is not computed.
     hidden = (3, 64)
-    assert between == [
-        (*GPUS, hidden),
-        (*reversed(GPUS), hidden),
-        (*reversed(GPUS), (1,)),
-    ]
+    assert between == [(*GPUS, hidden), (*reversed(GPUS), hidden)]
 
 
 def test_what_all_blocks_get_is_copied_once_to_each_gpu(
