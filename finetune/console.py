@@ -1,10 +1,8 @@
 """The terminal: errors as one line with an exit code, argument parsers, quiet libraries."""
 
 import argparse
-import atexit
 import contextlib
 import difflib
-import gc
 import json
 import logging
 import os
@@ -71,9 +69,6 @@ def run_command(command: Callable[[], object]) -> None:
     """
     shows_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     signal.signal(signal.SIGTERM, _interrupt)
-    # Or Python goes through all objects of the libraries once more at its end, which takes a second
-    # and more. What is registered first is called last.
-    atexit.register(gc.freeze)
     if not sys.stderr.isatty():
         _hide_download_bars()
     with raised_interrupts() as raised:

@@ -7,6 +7,7 @@ takes a fifth of the time.
 
 import dataclasses
 import io
+import logging
 import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.config.sections.lora import LoraSettings
+from finetune.console import summary_line
 from finetune.model.adapter import add_adapter, seeded
 from finetune.model.lora_config import lora_config
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
+
+
+log = logging.getLogger(__name__)
 
 
 class AdapterTemplates:
@@ -65,10 +70,13 @@ class AdapterTemplates:
         if not all(isinstance(layer, Linear) for layer in layers):
             return None
         try:
-            return _Template(model, layers)
-        # A base's code may have given its modules functions that can't be pickled.
-        except (pickle.PicklingError, AttributeError, TypeError):
+            template = _Template(model, layers)
+            template.create(lora, seed=0)
+        # A base's code may have given its modules what can't be pickled: whatever it raises.
+        except Exception as error:
+            log.debug("adapters are not copied: %s", summary_line(error))
             return None
+        return template
 
 
 def _is_plain(lora: LoraSettings) -> bool:
@@ -92,17 +100,17 @@ class _Template:
             layers: Its adapted layers, in the order in which PEFT draws their weights.
 
         Raises:
-            PicklingError, AttributeError, TypeError: It holds something that can't be pickled.
+            Exception: It holds something that can't be pickled.
         """
         stream = io.BytesIO()
-        pickler = _TensorsApart(stream, pickle.HIGHEST_PROTOCOL)
+        pickler = _TensorPickler(stream, pickle.HIGHEST_PROTOCOL)
         pickler.dump((model, layers))
         self._pickled = stream.getvalue()
         self._tensors = pickler.tensors
 
     def create(self, lora: LoraSettings, seed: int) -> "PeftModel":
         """Copy the model, and draw its adapter in PEFT's order: layer by layer."""
-        unpickler = _WithTensors(io.BytesIO(self._pickled))
+        unpickler = _TensorUnpickler(io.BytesIO(self._pickled))
         unpickler.tensors = self._tensors
         model: PeftModel
         layers: list[LoraLayer]
@@ -135,7 +143,7 @@ def _initialise(layer: "LoraLayer", config: "LoraConfig") -> None:
     layer.reset_lora_parameters("default", config.init_lora_weights)
 
 
-class _TensorsApart(pickle.Pickler):
+class _TensorPickler(pickle.Pickler):
     """Pickles a number in place of each tensor."""
 
     def __init__(self, stream: io.BytesIO, protocol: int) -> None:
@@ -149,7 +157,7 @@ class _TensorsApart(pickle.Pickler):
         return len(self.tensors) - 1
 
 
-class _WithTensors(pickle.Unpickler):
+class _TensorUnpickler(pickle.Unpickler):
     """Puts the tensors back."""
 
     tensors: list[torch.Tensor]

@@ -60,9 +60,9 @@ class Plan:
             slots: Of a worker.
 
         Returns:
-            Whether each GPU computes all blocks for its own slots, with weights that it borrows of
-            the others (`gpu.borrowed_blocks`): where each has a slot and memory allows it. Else
-            each GPU computes the blocks that it has, for groups of slots in turn (`pipeline`).
+            Whether each GPU computes all blocks for its own slots, with weights that it borrows
+            from the others (`gpu.borrowed_blocks`): where each has a slot and memory allows it.
+            Else each GPU computes the blocks that it has, for groups of slots in turn (`pipeline`).
         """
         if not self.borrowing or slots < self.gpus:
             return False
@@ -148,10 +148,12 @@ class Plan:
 
     @functools.cached_property
     def largest(self) -> int:
-        """The number of slots that fit, at most 64; 0: not even one fits."""
+        """The most slots that fit, at most 64; 0: not even one fits."""
         limit = USABLE * self.available
-        # The need grows with the slots: those that fit are the first ones.
-        return sum(self.need(slots) <= limit for slots in range(1, 65))
+        # Not all fewer ones need fit: with as many slots as GPUs each has fewer blocks to compute
+        # with, borrowed as they are, than in turns.
+        fitting = [slots for slots in range(1, 65) if self.need(slots) <= limit]
+        return max(fitting, default=0)
 
     @property
     def slots(self) -> int:

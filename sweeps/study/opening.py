@@ -24,7 +24,12 @@ from sweeps.study.launching import worker_count
 from sweeps.study.mirrored import fetch_journal, fetch_study
 from sweeps.study.rungs import EVAL_STEPS, with_rungs_of
 from sweeps.study.session import Session
-from sweeps.study.slot_count import choose_slots, memory_rank
+from sweeps.study.slot_count import (
+    SlotChoice,
+    choose_in_one_way,
+    choose_slots,
+    memory_rank,
+)
 from sweeps.study.space_check import check_space
 from sweeps.study.storage import JOURNAL, check_address
 from sweeps.study.study import Study
@@ -109,19 +114,16 @@ def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineC
         # The first config that the packed engine does not support logs the reason.
         if choose_engine(config, source) == "trl":
             return EngineChoice("trl", slots=1)
-    choices = []
-    for of_base in by_base(configs).values():
-        # Slots that hold the neediest trial hold any other: the study keeps their number.
-        neediest = max(of_base, key=memory_rank)
-        choice = choose_slots(settings.slots, neediest)
-        checkpointing = choice.config.trainer.checkpointing
-        choices.append(
-            EngineChoice("packed", choice.count, checkpointing, choice.borrows_blocks)
-        )
+    # Slots that hold the neediest trial hold any other: the study keeps their number.
+    neediest = [max(of_base, key=memory_rank) for of_base in by_base(configs).values()]
+
+    def choose(may_borrow: bool) -> list[SlotChoice]:
+        return [choose_slots(settings.slots, config, may_borrow) for config in neediest]
+
     # Those that every base leaves memory for.
-    fewest = min(choices, key=lambda choice: choice.slots)
-    borrows = all(choice.borrows_blocks for choice in choices)
-    return dataclasses.replace(fewest, borrows_blocks=borrows)
+    fewest = min(choose_in_one_way(choose), key=lambda choice: choice.count)
+    checkpointing = fewest.config.trainer.checkpointing
+    return EngineChoice("packed", fewest.count, checkpointing, fewest.borrows_blocks)
 
 
 def _log_why_other_slots(settings: StudySettings, engine: EngineChoice) -> None:

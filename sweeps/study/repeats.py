@@ -104,7 +104,8 @@ def retrain(study: Study, repeats: Sequence[Repeat]) -> dict[Path, str]:
             return None
         return repeat_run(study, repeat, interrupt, slots, errors)
 
-    with run_lines_to_files():
+    borrows = bool(study.optuna.user_attrs.get("borrows_blocks", False))
+    with run_lines_to_files(), shared_resources.borrowed_blocks(borrows):
         train_together(next_run, slots)
     return errors
 

@@ -1,8 +1,8 @@
 """How many runs train together on one worker. How they take turns is in `pack`."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from finetune.config.schema import RunConfig
 from finetune.console import summary_line
@@ -24,14 +24,20 @@ class SlotChoice:
     """The neediest run's, with `gradient_checkpointing` decided."""
     borrows_blocks: bool = False
     """See `Plan.borrows_blocks`."""
+    is_checkpointed: bool = False
+    """Whether `auto` has decided for checkpointing."""
 
 
-def choose_slots(slots: int | str, neediest: RunConfig) -> SlotChoice:
+def choose_slots(
+    slots: int | str, neediest: RunConfig, may_borrow: bool, runs: int | None = None
+) -> SlotChoice:
     """Choose the number of slots of a worker.
 
     Args:
         slots: the number, or `auto`: as many as fit into GPU memory, or one on a CPU.
         neediest: the config that needs the most memory of all that will train.
+        may_borrow: whether several GPUs may borrow blocks; else they take turns.
+        runs: how many there are to train; None: not known.
     """
     resolved = resolve_checkpointing(neediest, "packed", shared_resources)
     is_spread = spread_gpus(resolved.trainer.gpus) > 1
@@ -41,8 +47,23 @@ def choose_slots(slots: int | str, neediest: RunConfig) -> SlotChoice:
         # One run keeps a CPU busy.
         return SlotChoice(1, resolved)
     plan = plan_memory(resolved, shared_resources)
+    if not may_borrow:
+        plan = replace(plan, borrowing=())
     count = plan.slots if slots == "auto" else int(slots)
-    return SlotChoice(count, resolved, plan.borrows_blocks(count))
+    return SlotChoice(count, resolved, plan.borrows_blocks(min(count, runs or count)))
+
+
+def choose_in_one_way(choose: Callable[[bool], list[SlotChoice]]) -> list[SlotChoice]:
+    """Choose slots for several bases, whose blocks are borrowed for all or for none.
+
+    Args:
+        choose: returns each base's choice; its argument is `may_borrow`.
+    """
+    choices = choose(True)
+    # More slots may fit where blocks are borrowed than where the GPUs take turns.
+    if len({choice.borrows_blocks for choice in choices}) > 1:
+        choices = choose(False)
+    return choices
 
 
 def memory_rank(config: RunConfig) -> tuple[int, int]:
@@ -78,31 +99,45 @@ def choose_job_slots(slots: int | str, configs: Sequence[RunConfig]) -> JobSlots
     gpus = [config.trainer.gpus for config in packed]
     # Before a plan asks for the GPU's memory.
     select_gpus(0, max((size for size in gpus if isinstance(size, int)), default=1))
-    # Kinds of jobs whose neediest one has been planned.
-    planned: set[str] = set()
-    choices = []
-    checkpointed_bases: list[object] = []
-    for config in sorted(packed, key=memory_rank, reverse=True):
-        checkpointing = config.trainer.gradient_checkpointing
-        kind = repr((base_key(config), checkpointing, config.dataset))
-        if kind in planned:
-            continue
-        choice = _plan(slots, config)
-        # Its kind stays unplanned: the next neediest job of it is tried.
-        if choice is None:
-            continue
-        planned.add(kind)
-        choices.append(choice)
-        if checkpointing == "auto" and choice.config.trainer.checkpointing:
-            checkpointed_bases.append(base_key(choice.config))
+
+    def choose(may_borrow: bool) -> list[SlotChoice]:
+        return _choose_for_kinds(slots, packed, may_borrow, len(configs))
+
+    choices = choose_in_one_way(choose)
     return JobSlots(
         min((choice.count for choice in choices), default=fixed_count),
-        checkpointed_bases,
+        [base_key(choice.config) for choice in choices if choice.is_checkpointed],
         bool(choices) and all(choice.borrows_blocks for choice in choices),
     )
 
 
-def _plan(slots: int | str, config: RunConfig) -> SlotChoice | None:
+def _choose_for_kinds(
+    slots: int | str, configs: Sequence[RunConfig], may_borrow: bool, runs: int
+) -> list[SlotChoice]:
+    """Choose for the neediest job of each kind."""
+    # Kinds of jobs whose neediest one has been planned.
+    planned: set[str] = set()
+    choices = []
+    for config in sorted(configs, key=memory_rank, reverse=True):
+        checkpointing = config.trainer.gradient_checkpointing
+        kind = repr((base_key(config), checkpointing, config.dataset))
+        if kind in planned:
+            continue
+        choice = _plan(slots, config, may_borrow, runs)
+        # Its kind stays unplanned: the next neediest job of it is tried.
+        if choice is None:
+            continue
+        planned.add(kind)
+        is_checkpointed = checkpointing == "auto" and bool(
+            choice.config.trainer.checkpointing
+        )
+        choices.append(replace(choice, is_checkpointed=is_checkpointed))
+    return choices
+
+
+def _plan(
+    slots: int | str, config: RunConfig, may_borrow: bool, runs: int
+) -> SlotChoice | None:
     """Plan slots for one job; None if TRL trains it, or if it can't be planned.
 
     A job that can't be planned reports by itself what is wrong.
@@ -112,7 +147,7 @@ def _plan(slots: int | str, config: RunConfig) -> SlotChoice | None:
         base_config = read_base_config(base, config.model)
         if reason_unsupported(config, base_config):
             return None
-        return choose_slots(slots, config)
+        return choose_slots(slots, config, may_borrow, runs)
     except Exception as error:
         log.debug("not planned: %s", summary_line(error))
         return None

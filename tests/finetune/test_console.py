@@ -83,33 +83,6 @@ run_command(command)
 """
 
 
-UNREACHABLE = """
-import atexit
-from finetune.console import run_command
-
-class Cycle:
-    def __init__(self):
-        self.itself = self
-    def __del__(self):
-        print("visited")
-
-def command():
-    Cycle()
-    # As libraries do that tidy up themselves.
-    atexit.register(print, "tidied up")
-
-run_command(command)
-"""
-
-
-def test_a_command_ends_without_going_through_all_objects() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-c", UNREACHABLE], capture_output=True, text=True, check=True
-    )
-    assert shown.stdout == "tidied up\n"
-    assert not shown.stderr
-
-
 @pytest.mark.parametrize("on_terminal", [True, False])
 def test_download_bars_are_shown_on_a_terminal_only(on_terminal: bool) -> None:
     # A command that another test has run in this process has hidden them for its children.

@@ -164,7 +164,7 @@ def gpu_decoder(
             "each GPU computes all blocks for its own slots, with borrowed weights"
         )
     elif count_stages(base) > 1:
-        because = "" if reason is None else f": weights are not borrowed of {reason}"
+        because = "" if reason is None else f", as the base has {reason}"
         log.info(
             "the GPUs compute their blocks for groups of slots in turns%s", because
         )

@@ -183,10 +183,10 @@ class Bank:
             model = self.initialise_adapter(lora, seed)
         if self.backend.borrows_blocks and self._probes_other_gpus:
             # While no slot depends on how the base is computed.
-            self._probes_other_gpus = False
             for device in self._slot_counts:
                 if self.backend.borrows_blocks:
                     self._check_backend(self._attached_slot(lora, seed, model, device))
+            self._probes_other_gpus = False
         slot = self._attached_slot(lora, seed, model, self._emptiest_gpu())
         self._check_backend(slot)
         if slot.is_on_one_device and not self.backend.borrows_blocks:
@@ -330,9 +330,11 @@ class Bank:
         # One after the other: a pass either trains all of its slots, with dropout and a trace for
         # the gradients, or evaluates all of them, or generates text for all of them.
         for request_type in (ForwardBackward, Evaluate, Generate):
-            group = [
+            of_type = [
                 request for request in requests if isinstance(request, request_type)
             ]
+            # If memory is short for all, it is for half of them: half of those of each GPU.
+            group = _alternating(of_type)
             group_responses = self._execution.execute(group)
             for request, response in zip(group, group_responses, strict=True):
                 responses[id(request)] = response
@@ -567,6 +569,15 @@ class Bank:
         self._host_work = None
         if host_work is not None:
             host_work()
+
+
+def _alternating(requests: Sequence[PackedRequest]) -> list[PackedRequest]:
+    """Order requests so that their slots' devices take turns."""
+    by_device: dict[torch.device, list[PackedRequest]] = {}
+    for request in requests:
+        by_device.setdefault(request.slot.device, []).append(request)
+    rounds = itertools.zip_longest(*by_device.values())
+    return [each for turn in rounds for each in turn if each is not None]
 
 
 def _by_request(

@@ -4,6 +4,8 @@ behind."""
 import contextlib
 import gc
 import json
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -248,6 +250,38 @@ def test_a_base_that_a_run_has_changed_is_let_go(
     config = tiny(*FEW, NONE, "trainer.engine=auto", lora)
     run(config, tmp_path, RunContext(resources=resources, interactive=False))
     assert (resources.loaded_bank() is not None) is stays
+
+
+LEFT_AT_THE_END = """
+import os
+from finetune.model.memory import freeze_libraries
+
+class Log:
+    def __init__(self, name):
+        self.file = open(name, "w")
+        self.file.write(name)
+        self.write = self.write_line  # a cycle
+    def write_line(self):
+        pass
+    def __del__(self, write=os.write):
+        write(1, b"visited")
+
+before = Log("before")
+freeze_libraries()
+after = Log("after")
+"""
+
+
+def test_the_end_of_a_process_visits_nothing_and_loses_nothing(tmp_path: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-c", LEFT_AT_THE_END],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
+    assert shown.stdout == shown.stderr == b""
+    for name in ("before", "after"):
+        assert (tmp_path / name).read_text() == name
 
 
 def test_what_is_let_go_leaves_memory(tiny: Tiny) -> None:

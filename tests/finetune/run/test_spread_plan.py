@@ -147,6 +147,16 @@ def test_the_way_is_that_for_which_there_is_memory(benchmark: Any) -> None:
 
 
 @pytest.mark.usefixtures("pretended_gpus")
+def test_more_slots_may_fit_than_fewer(benchmark: Any) -> None:
+    """Three take turns in passes of several slots; of four, each GPU has one."""
+    plan = with_memory(plan_of(benchmark, 4), 18)
+    limit = 0.9 * plan.available
+    assert plan.need(3) > limit
+    assert plan.need(4) <= limit
+    assert plan.largest == plan.slots == 4
+
+
+@pytest.mark.usefixtures("pretended_gpus")
 def test_without_the_decoder_nothing_is_borrowed(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,9 +183,20 @@ def test_a_study_keeps_the_way_that_its_plan_chooses(
     ).config()
     monkeypatch.setattr(slot_count, "spread_gpus", int)
     ways = {
-        slots: slot_count.choose_slots(slots, config).borrows_blocks
+        slots: slot_count.choose_slots(slots, config, True).borrows_blocks
         for slots in (1, 2, 8)
     }
     assert ways == {1: False, 2: True, 8: True}
-    choice = slot_count.choose_slots("auto", config)
+    choice = slot_count.choose_slots("auto", config, True)
     assert (choice.count, choice.borrows_blocks) == (plan.slots, True)
+    # A single job leaves the other GPU without a slot.
+    choice = slot_count.choose_slots("auto", config, True, runs=1)
+    assert not choice.borrows_blocks
+    # More slots fit with borrowed blocks than in turns.
+    small = with_memory(plan, 64)
+    monkeypatch.setattr(slot_count, "plan_memory", lambda *_: small)
+    choice = slot_count.choose_slots("auto", config, False)
+    assert not choice.borrows_blocks
+    in_turns = dataclasses.replace(small, borrowing=())
+    assert choice.count == in_turns.slots < small.slots
+    assert in_turns.need(choice.count) <= 0.9 * small.available

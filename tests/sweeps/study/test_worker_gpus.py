@@ -191,13 +191,58 @@ def test_blocks_are_borrowed_where_each_base_of_a_study_leaves_memory_for_it(
         lambda configs: {config.seed: [config] for config in configs},
     )
     settings = settings_of("hydra.sweeper.slots=auto")
-    for ways in ({1: (6, True), 2: (4, True)}, {1: (4, True), 2: (6, False)}):
+    # In turns the first base has room for two slots.
+    in_turns = {1: 2, 2: 6}
+    for borrowed, expected in (
+        ({1: 6, 2: 4}, (4, True)),
+        ({1: 4}, (2, False)),
+        ({}, (2, False)),
+    ):
 
-        def choose_slots(_: Any, config: Any, ways: Any = ways) -> SlotChoice:
-            count, borrows = ways[config.seed]
-            return SlotChoice(count, config, borrows)
+        def choose_slots(
+            _: Any, config: Any, may_borrow: bool, borrowed: Any = borrowed
+        ) -> SlotChoice:
+            if may_borrow and config.seed in borrowed:
+                return SlotChoice(borrowed[config.seed], config, True)
+            return SlotChoice(in_turns[config.seed], config)
 
         monkeypatch.setattr(opening, "choose_slots", choose_slots)
         engine = opening._choose_engine(settings, configs)
-        all_borrow = all(borrows for _, borrows in ways.values())
-        assert (engine.slots, engine.borrows_blocks) == (4, all_borrow)
+        assert (engine.slots, engine.borrows_blocks) == expected
+
+
+def test_jobs_of_several_bases_borrow_where_all_do(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sweeps.study import slot_count
+    from sweeps.study.slot_count import SlotChoice
+
+    configs = [tiny("seed=1"), tiny("seed=2")]
+    # As if they had two bases.
+    monkeypatch.setattr(slot_count, "base_key", lambda config: config.seed)
+
+    def plan(_: Any, config: Any, may_borrow: bool, runs: int) -> SlotChoice:
+        assert runs == 2
+        if may_borrow and config.seed == 1:
+            return SlotChoice(4, config, True)
+        return SlotChoice(config.seed + 1, config)
+
+    monkeypatch.setattr(slot_count, "_plan", plan)
+    choice = slot_count.choose_job_slots("auto", configs)
+    assert (choice.count, choice.borrows_blocks) == (2, False)
+
+
+def test_confirm_borrows_as_its_study_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.run.resources import shared_resources
+    from sweeps.study import repeats
+
+    ways = []
+
+    def train_together(*_: Any) -> None:
+        ways.append(shared_resources._borrows_blocks)
+
+    monkeypatch.setattr(repeats, "train_together", train_together)
+    for attributes in ({"slots": 4, "borrows_blocks": True}, {"slots": 4}):
+        study: Any = SimpleNamespace(optuna=SimpleNamespace(user_attrs=attributes))
+        assert repeats.retrain(study, []) == {}
+    assert ways == [True, False]

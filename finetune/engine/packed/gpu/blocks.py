@@ -19,7 +19,7 @@ from finetune.engine.packed.gpu.block import Block, BlockActivations
 from finetune.engine.packed.gpu.borrowed_blocks import (
     BlockSource,
     BorrowedBlocks,
-    HomeBlocks,
+    PlainBlocks,
     Replica,
 )
 from finetune.engine.packed.gpu.context import PassContext
@@ -91,9 +91,9 @@ class DecoderBlocks:
         blocks = [read(number, module) for number, module in enumerate(model.layers)]
         devices = block_devices(model)
         self._layers = len(blocks)
-        self._home = HomeBlocks(blocks, devices)
+        self._plain = PlainBlocks(blocks, devices)
         self._borrowed: dict[torch.device, BorrowedBlocks] = {}
-        """By the device that computes a pass; empty: each block is computed where it lives."""
+        """By the device that computes a pass; empty: none is borrowed."""
         for device in dict.fromkeys(devices) if borrows else ():
             replicas = {
                 number: Replica.of(module, device)
@@ -139,7 +139,7 @@ class DecoderBlocks:
             device = blocks.device(number)
             yield device
             x = x.to(device)
-            with blocks.taken(number, 1) as block:
+            with blocks.use(number, 1) as block:
                 output, activations = block.forward(x, context.on(device))
             assert output is not None
             if number == 0 and allocated is not None:
@@ -156,7 +156,7 @@ class DecoderBlocks:
 
     def _blocks_of(self, context: PassContext) -> BlockSource:
         """The blocks that a pass goes through."""
-        return self._borrowed.get(context.position_ids.device, self._home)
+        return self._borrowed.get(context.position_ids.device, self._plain)
 
     def _with_angles(self, context: PassContext, x: torch.Tensor) -> PassContext:
         """Add the angles of the rotary embedding to a pass, on each device.
@@ -211,7 +211,7 @@ class DecoderBlocks:
             context = dataclasses.replace(
                 trace.context.on(device), weight_cache=weight_cache
             )
-            with blocks.taken(number, -1) as block:
+            with blocks.use(number, -1) as block:
                 if isinstance(stored, torch.Tensor):
                     _, stored = block.forward(stored, context, recompute=True)
                 grad_x = block.backward(

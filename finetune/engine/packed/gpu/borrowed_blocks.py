@@ -1,6 +1,6 @@
 """All blocks of a base on one GPU, although others hold the weights of most of them.
 
-Each GPU computes all blocks for slots of its own. The weights of a block that lives on another GPU
+Each GPU computes all blocks for slots of its own. The weights of a block that another GPU has
 are borrowed: copied for one pass through it, while the block before it is computed, as FSDP gathers
 them (Zhao et al., 2023). Two blocks' weights fit in at a time: those that are computed with, and
 those that come next.
@@ -28,7 +28,7 @@ class BlockSource(Protocol):
     def device(self, number: int) -> torch.device:
         """Return where a block is computed."""
 
-    def taken(
+    def use(
         self, number: int, direction: int
     ) -> contextlib.AbstractContextManager[Any]:
         """Return a context with a block; what it computes is launched within the context.
@@ -39,8 +39,8 @@ class BlockSource(Protocol):
         """
 
 
-class HomeBlocks:
-    """Each block is computed where it lives."""
+class PlainBlocks:
+    """Each block is computed on the device of its weights."""
 
     def __init__(self, blocks: Sequence[Any], devices: Sequence[torch.device]) -> None:
         """Take the blocks.
@@ -56,10 +56,10 @@ class HomeBlocks:
         """See `BlockSource.device`."""
         return self._devices[number]
 
-    def taken(
+    def use(
         self, number: int, direction: int
     ) -> contextlib.AbstractContextManager[Any]:
-        """See `BlockSource.taken`."""
+        """See `BlockSource.use`."""
         return contextlib.nullcontext(self._blocks[number])
 
 
@@ -68,7 +68,7 @@ class _BorrowedTensor:
     """A tensor of a replica, which is there while the replica's block is borrowed."""
 
     value: torch.Tensor
-    """Where the block lives."""
+    """The block's, on its device."""
     owner: Any
     attribute: str
     """Of the owner, which the tensor is set to."""
@@ -157,8 +157,8 @@ class BorrowedBlocks:
 
         Args:
             device: Computes the blocks.
-            blocks: All blocks: on modules of the base that live there, or on the replicas'.
-            replicas: Of the blocks that live elsewhere, by their numbers.
+            blocks: All blocks: on modules of the base that are there, or on the replicas'.
+            replicas: Of the blocks that are elsewhere, by their numbers.
             copies: Copies to the device.
         """
         self._device = device
@@ -188,8 +188,8 @@ class BorrowedBlocks:
         return self._device
 
     @contextlib.contextmanager
-    def taken(self, number: int, direction: int) -> Iterator[Any]:
-        """See `BlockSource.taken`."""
+    def use(self, number: int, direction: int) -> Iterator[Any]:
+        """See `BlockSource.use`."""
         replica = self._replicas.get(number)
         if replica is None:
             self._fetch_next(number, direction)
@@ -231,8 +231,10 @@ class BorrowedBlocks:
             (view, tensor.value)
             for view, tensor in zip(views, replica.tensors, strict=True)
         ]
-        self._held[buffer] = number
+        # While a copy has not begun, and if it can't, the buffer has no block.
+        self._held[buffer] = None
         self._copied[buffer] = self._copies.start(copies, self._read[buffer])
+        self._held[buffer] = number
 
 
 def reason_not_borrowed(base: Any) -> str | None:

@@ -1,10 +1,11 @@
-"""Each GPU computes all blocks for slots of its own, with weights that it borrows of the others.
+"""Each GPU computes all blocks for slots of its own, with weights that it borrows from the others.
 
 The GPUs are pretended (`support.pretend_gpus`): an operation on tensors of two of them is refused.
 """
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +80,23 @@ def test_of_other_architectures(
 @pytest.fixture
 def small_base(tiny_base: Path, tmp_path: Path) -> Path:
     return llama(tiny_base, tmp_path / "base", tied=False, layers=2)
+
+
+def test_half_of_the_requests_is_half_of_those_of_each_gpu() -> None:
+    """As they are executed where memory is too short for all."""
+    from finetune.engine.packed.bank import _alternating
+
+    first, second = GPUS
+    for devices in ([second, second, first, first], [first, first, second], [first]):
+        requests: list[Any] = [
+            SimpleNamespace(slot=SimpleNamespace(device=device)) for device in devices
+        ]
+        ordered = _alternating(requests)
+        assert sorted(map(id, ordered)) == sorted(map(id, requests))
+        half = [request.slot.device for request in ordered[: len(ordered) // 2]]
+        assert abs(half.count(first) - half.count(second)) <= 1
+        of_first = [request for request in ordered if request.slot.device == first]
+        assert of_first == [each for each in requests if each.slot.device == first]
 
 
 def test_slots_are_spread_evenly_while_trials_end_and_begin(

@@ -1,6 +1,7 @@
 """Adapters of slots are copied from a template: each is PEFT's own, bit for bit."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -105,8 +106,34 @@ def test_slots_share_no_weights(tiny: Tiny) -> None:
     assert not addresses & {weight.data_ptr() for weight in second}
 
 
+class Wrapper:
+    """Passes on what it has not: while it is unpickled, that is everything."""
+
+    def __init__(self, inner: object) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class Refusal:
+    def __reduce__(self) -> Any:
+        raise RuntimeError
+
+
+def scripted() -> Any:
+    import torch
+
+    return torch.jit.script(torch.nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    "make_value",
+    [lambda: lambda x: x, lambda: Wrapper(1), Refusal, scripted],
+    ids=["lambda", "recursion", "refusal", "script"],
+)
 def test_a_model_that_cannot_be_pickled_is_adapted_by_peft_each_time(
-    tiny: Tiny,
+    make_value: Callable[[], Any], tiny: Tiny
 ) -> None:
     from finetune.model.adapter import add_adapter
     from finetune.model.adapter_templates import AdapterTemplates
@@ -115,13 +142,13 @@ def test_a_model_that_cannot_be_pickled_is_adapted_by_peft_each_time(
 
     def skeleton() -> Any:
         model = bank._skeleton()
-        model.activation = lambda x: x
+        model.activation = make_value()
         return model
 
     templates = AdapterTemplates(skeleton)
     lora = tiny().lora
     for seed in (0, 1):
-        expected = add_adapter(bank._skeleton(), lora, seed)
+        expected = add_adapter(skeleton(), lora, seed)
         model = templates.create(lora, seed)
         assert repr(model) == repr(expected)
         assert model is not templates.create(lora, seed)

@@ -79,7 +79,7 @@ def go_through(blocks: BorrowedBlocks, modules: list[nn.Module], numbers: Any) -
     """Take blocks in a direction; each must have its own values."""
     direction = 1 if numbers[0] < numbers[-1] else -1
     for number in numbers:
-        with blocks.taken(number, direction) as block:
+        with blocks.use(number, direction) as block:
             pairs = zip(values_of(block), values_of(modules[number]), strict=True)
             for mine, home in pairs:
                 assert torch.equal(mine, home)
@@ -127,7 +127,7 @@ def test_two_blocks_are_held_and_no_buffer_is_overwritten_before_it_is_read() ->
         direction = 1 if numbers[0] == 0 else -1
         for number in numbers:
             first_note = len(copies.notes)
-            with blocks.taken(number, direction) as block:
+            with blocks.use(number, direction) as block:
                 with_weights = [r for r in replicas.values() if is_complete(r)]
                 # The one that is computed, and no other.
                 assert len(with_weights) == (number in replicas)
@@ -156,7 +156,7 @@ def test_the_next_block_is_copied_while_one_is_computed() -> None:
     blocks, _ = make(tiny_blocks(5), [2, 3], copies)
     started = []
     for number in range(5):
-        with blocks.taken(number, 1):
+        with blocks.use(number, 1):
             started.append(sum(note[0] == "copy" for note in copies.notes))
     assert started == [1, 1, 2, 2, 2]
 
@@ -165,10 +165,33 @@ def test_the_next_block_is_copied_while_one_is_computed() -> None:
 def test_after_an_error_the_buffer_waits_for_what_was_launched() -> None:
     copies = LateCopies()
     blocks, replicas = make(tiny_blocks(3), [0, 1, 2], copies)
-    with pytest.raises(MemoryError), blocks.taken(0, 1):
+    with pytest.raises(MemoryError), blocks.use(0, 1):
         raise MemoryError
     assert copies.notes[-1][0] == "mark"
     assert not any(map(is_complete, replicas.values()))
+
+
+class FailingCopies(LateCopies):
+    """The second block's copies fail once, after the first of them."""
+
+    def start(self, copies: Any, after: Any) -> int:
+        if len(self.notes) == 1:
+            self.notes.append(("failure",))
+            target, source = copies[0]
+            target.copy_(source)
+            raise MemoryError
+        return super().start(copies, after)
+
+
+@pytest.mark.usefixtures("on_gpus")
+def test_after_a_copy_that_failed_the_block_is_copied_again() -> None:
+    modules = tiny_blocks(4)
+    blocks, _ = make(modules, [0, 1, 2, 3], FailingCopies())
+    with pytest.raises(MemoryError):
+        go_through(blocks, modules, range(4))
+    for _ in range(2):
+        go_through(blocks, modules, range(4))
+        go_through(blocks, modules, [3, 2, 1, 0])
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -190,7 +213,7 @@ def test_of_a_quantised_block(double: bool) -> None:
         torch.device("cpu"), [replica.module], {0: replica}, LateCopies()
     )
     before = weight.quant_state.absmax.clone()
-    with blocks.taken(0, 1) as taken:
+    with blocks.use(0, 1) as taken:
         for mine, home in zip(values_of(taken), values_of(block), strict=True):
             assert torch.equal(mine, home)
         assert taken.q_proj.weight.data_ptr() != weight.data_ptr()
