@@ -362,6 +362,8 @@ class WrongBackend:
 
     logits_chunk = 1024
 
+    borrows_blocks = False
+
     def __init__(self, right: Any) -> None:
         self._right = right
 
