@@ -12,7 +12,8 @@ from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.requests import Evaluate, ForwardBackward, Generate
 from finetune.engine.probes import _answers
 from support.banks import load_bank
-from support.pretend_gpus import spread
+from support.pretend_gpus import pretend_gpus, spread
+from support.runs import final, losses
 
 Tiny = Callable[..., RunConfig]
 
@@ -117,7 +118,35 @@ def configs_of(tiny: Tiny, folder: Path, count: int, *more: str) -> list[RunConf
     ]
 
 
-def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_resumed_is_alone(
+    complete: Callable[[Path], None],
+    spread_base: Callable[[], None],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compare a run that is interrupted and resumed on pretend GPUs with the run on one device.
+
+    Args:
+        complete: Runs, or goes on with the run, in a folder.
+        spread_base: Lets bases be spread from now on.
+        folder: Of both runs.
+        monkeypatch: Of the test.
+    """
+    complete(folder / "alone")
+    spread_base()
+    with pretend_gpus(monkeypatch):
+        _interrupt_after(3, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            complete(folder / "spread")
+        complete(folder / "spread")
+    alone, resumed = losses(folder / "alone"), losses(folder / "spread")
+    assert resumed == pytest.approx(alone, rel=1e-4)
+    name = "eval/loss"
+    metrics = [final(folder / run)["metrics"][name] for run in ("alone", "spread")]
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
+
+
+def _interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupt a run once, after some passes."""
     from finetune.engine.packed.bank import Bank
 

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
 
 _Request = TypeVar("_Request", ForwardBackward, Evaluate)
+_AnyRequest = TypeVar("_AnyRequest", bound=PackedRequest)
 
 
 @dataclass
@@ -362,8 +363,8 @@ class Bank:
             The result of each request, which a GPU may still be computing. The gradients replace
             those in the slots.
         """
-        devices = dict.fromkeys(request.slot.device for request in requests)
-        timers = {device: PassTimer(device) for device in devices}
+        by_device = _by_device(requests)
+        timers = {device: PassTimer(device) for device in by_device}
         # In a pipeline adapters are copied between GPUs before the passes, and their gradients
         # after them: a copy waits for what both GPUs have to compute.
         slots = self._refreshed_slots(requests)
@@ -374,13 +375,14 @@ class Bank:
         for slot in slots:
             slot.collect_gradient()
         results: dict[int, ForwardBackwardResult] = {}
-        for device, timer in timers.items():
-            here = [request for request in requests if request.slot.device == device]
-            norms = [request.slot.gradient.norm() for request in here]
-            timer.stop()
-            slot_losses = torch.stack([losses[id(request)] for request in here])
-            figures = PassFigures(slot_losses, torch.stack(norms).double(), timer)
-            for index, request in enumerate(here):
+        for device, of_device in by_device.items():
+            norms = [request.slot.gradient.norm() for request in of_device]
+            timers[device].stop()
+            slot_losses = torch.stack([losses[id(request)] for request in of_device])
+            figures = PassFigures(
+                slot_losses, torch.stack(norms).double(), timers[device]
+            )
+            for index, request in enumerate(of_device):
                 results[id(request)] = ForwardBackwardResult(figures, index)
         if self.is_asynchronous:
             for request in requests:
@@ -397,11 +399,7 @@ class Bank:
         (`pipeline`).
         """
         if self.backend.borrows_blocks:
-            devices = dict.fromkeys(request.slot.device for request in requests)
-            return [
-                [request for request in requests if request.slot.device == device]
-                for device in devices
-            ]
+            return list(_by_device(requests).values())
         size = group_size(len(requests), self._stages)
         return [
             requests[start : start + size] for start in range(0, len(requests), size)
@@ -571,12 +569,19 @@ class Bank:
             host_work()
 
 
-def _alternating(requests: Sequence[PackedRequest]) -> list[PackedRequest]:
-    """Order requests so that their slots' devices take turns."""
-    by_device: dict[torch.device, list[PackedRequest]] = {}
+def _by_device(
+    requests: Sequence[_AnyRequest],
+) -> dict[torch.device, list[_AnyRequest]]:
+    """The requests of the slots on each device."""
+    by_device: dict[torch.device, list[_AnyRequest]] = {}
     for request in requests:
         by_device.setdefault(request.slot.device, []).append(request)
-    rounds = itertools.zip_longest(*by_device.values())
+    return by_device
+
+
+def _alternating(requests: Sequence[PackedRequest]) -> list[PackedRequest]:
+    """Order requests so that their slots' devices take turns."""
+    rounds = itertools.zip_longest(*_by_device(requests).values())
     return [each for turn in rounds for each in turn if each is not None]
 
 

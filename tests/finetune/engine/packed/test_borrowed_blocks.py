@@ -13,8 +13,13 @@ import torch
 from support.banks import load_bank
 from support.decoder_bases import random_base
 from support.pretend_gpus import GPUS, pretend_gpus
-from support.runs import final, losses
-from support.spread_bases import configs_of, llama, load_on_pretend_gpus, train
+from support.spread_bases import (
+    assert_resumed_is_alone,
+    configs_of,
+    llama,
+    load_on_pretend_gpus,
+    train,
+)
 
 from finetune.config.schema import RunConfig
 
@@ -212,8 +217,6 @@ def test_where_autograd_replaces_the_decoder_slots_are_as_in_the_pipeline(
 def test_a_run_on_the_second_gpu_goes_on_from_its_checkpoint(
     tiny: Tiny, small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from support.spread_bases import interrupt_after
-
     from finetune.engine.packed.bank import Bank
     from finetune.run.context import RunContext
     from finetune.run.resources import SharedResources
@@ -232,20 +235,12 @@ def test_a_run_on_the_second_gpu_goes_on_from_its_checkpoint(
         with resources.borrowed_blocks(True):
             run(config, folder, RunContext(interactive=False, resources=resources))
 
-    complete(tmp_path / "alone")
-    load_on_pretend_gpus(monkeypatch)
-    decide_for_the_decoder(monkeypatch)
-    monkeypatch.setattr(Bank, "_emptiest_gpu", lambda _: GPUS[1])
-    with pretend_gpus(monkeypatch):
-        interrupt_after(3, monkeypatch)
-        with pytest.raises(KeyboardInterrupt):
-            complete(tmp_path / "spread")
-        complete(tmp_path / "spread")
-    alone, resumed = losses(tmp_path / "alone"), losses(tmp_path / "spread")
-    assert resumed == pytest.approx(alone, rel=1e-4)
-    name = "eval/loss"
-    metrics = [final(tmp_path / run)["metrics"][name] for run in ("alone", "spread")]
-    assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
+    def spread_base() -> None:
+        load_on_pretend_gpus(monkeypatch)
+        decide_for_the_decoder(monkeypatch)
+        monkeypatch.setattr(Bank, "_emptiest_gpu", lambda _: GPUS[1])
+
+    assert_resumed_is_alone(complete, spread_base, tmp_path, monkeypatch)
 
 
 def test_a_replica_copies_nothing_but_its_small_weights(

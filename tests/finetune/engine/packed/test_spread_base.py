@@ -12,10 +12,9 @@ from support.banks import load_bank
 from support.decoder_bases import random_base
 from support.matrix import further
 from support.pretend_gpus import GPUS, LABELS, pretend_gpus, spread
-from support.runs import final, losses
 from support.spread_bases import (
+    assert_resumed_is_alone,
     configs_of,
-    interrupt_after,
     llama,
     load_on_pretend_gpus,
     train,
@@ -156,18 +155,10 @@ def test_a_run_goes_on_from_its_checkpoint(
     def complete(folder: Path) -> None:
         run(config, folder, RunContext(interactive=False, resources=SharedResources()))
 
-    complete(tmp_path / "alone")
-    load_on_pretend_gpus(monkeypatch)
-    with pretend_gpus(monkeypatch):
-        interrupt_after(3, monkeypatch)
-        with pytest.raises(KeyboardInterrupt):
-            complete(tmp_path / "spread")
-        complete(tmp_path / "spread")
-    alone, resumed = losses(tmp_path / "alone"), losses(tmp_path / "spread")
-    assert resumed == pytest.approx(alone, rel=1e-4)
-    name = "eval/loss"
-    metrics = [final(tmp_path / run)["metrics"][name] for run in ("alone", "spread")]
-    assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
+    def spread_base() -> None:
+        load_on_pretend_gpus(monkeypatch)
+
+    assert_resumed_is_alone(complete, spread_base, tmp_path, monkeypatch)
 
 
 def test_the_pretended_gpus_find_a_base_that_does_not_move_its_inputs(
