@@ -100,10 +100,10 @@ class DecoderBlocks:
                 for number, module in enumerate(model.layers)
                 if devices[number] != device
             }
-            here = [*blocks]
+            computed = [*blocks]
             for number, replica in replicas.items():
-                here[number] = read(number, replica.module)
-            self._borrowed[device] = BorrowedBlocks(device, here, replicas)
+                computed[number] = read(number, replica.module)
+            self._borrowed[device] = BorrowedBlocks(device, computed, replicas)
 
     def forward(
         self,
