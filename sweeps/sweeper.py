@@ -258,10 +258,14 @@ def _queued_study(session: "Session") -> QueuedStudy:
 
 def _conclude_alone(study: "Study", session: "Session") -> None:
     """Conclude; commands that share the folder end together, when the last trial has ended."""
+    from sweeps.study.worker_place import remove_free_places
+
     with file_lock(study.folder / ".conclusion.lock"):
         try:
             _conclude(study, session)
         finally:
+            # Of sessions that were killed: this one may have had no workers.
+            remove_free_places(session)
             Mirror(session.common.mirror).copy(study.folder)
             Mirror.finish()
 

@@ -34,7 +34,12 @@ def worker_place(session: Session, index: int) -> Iterator[None]:
                 break
             except BlockingIOError:
                 time.sleep(POLL_SECONDS)
-        yield
+        try:
+            yield
+        finally:
+            if session.is_orphaned:
+                # Nobody is left who would remove it.
+                path.unlink(missing_ok=True)
 
 
 def has_begun(session: Session) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,30 @@ def test_an_interrupted_end_says_how_to_repeat_it(
     ended = station.run("best", "my studies/x", cwd=tmp_path, module="sweeps")
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "my studies" / "x" / "best" / "adapter").exists()
+
+
+@pytest.mark.fault
+def test_a_study_that_was_killed_at_its_end_leaves_no_files_of_its_workers(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    study = [
+        *study_overrides(tiny_base, "s"),
+        "hydra/launcher=joblib",
+        "hydra.sweeper.n_jobs=2",
+        "hydra.sweeper.n_trials=2",
+    ]
+    process = station.start(*study, cwd=tmp_path, before=SLOW_TEST_ROWS)
+    folder = folder_of(tmp_path)
+    # Workers still have these places while the answer is written, or have just left them.
+    wait_until(lambda: "on the test rows" in process.said(), process)
+    (folder / f".worker-{socket.gethostname()}-{process.pid}-0.lock").touch()
+    process.kill()
+    process.wait()
+
+    # No trial is left to train.
+    ended = station.run(*study, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert not list(folder.glob(".worker-*"))
 
 
 @pytest.mark.fault

@@ -16,8 +16,10 @@ from sweeps.study.sweeper_process import SweeperProcess
 from sweeps.study.worker_place import has_begun, remove_free_places, worker_place
 
 
-def session_of(folder: Path, pid: int = 1) -> Any:
-    session = SimpleNamespace(folder=folder, sweeper=SweeperProcess(pid=pid))
+def session_of(folder: Path, pid: int = 1, is_orphaned: bool = False) -> Any:
+    session = SimpleNamespace(
+        folder=folder, sweeper=SweeperProcess(pid=pid), is_orphaned=is_orphaned
+    )
     session.file_prefix = lambda purpose: Session.file_prefix(session, purpose)  # type: ignore[arg-type]
     return session
 
@@ -71,6 +73,12 @@ def test_places_whose_workers_have_ended_leave_no_file(tmp_path: Path) -> None:
         (left,) = tmp_path.iterdir()
         assert left.name.endswith("-1-0.lock")
     remove_free_places(session)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_whose_command_was_killed_removes_its_place(tmp_path: Path) -> None:
+    with worker_place(session_of(tmp_path, is_orphaned=True), 0):
+        assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
 
 

@@ -7,8 +7,15 @@ import triton.language as tl
 from finetune.engine.packed.gpu.element_access import store_rounded
 from finetune.engine.packed.gpu.launch import launch
 
-MAX_BLOCK = 4096
-"""Most logits of a token that a program holds in registers at once."""
+WIDTH = 8
+"""Neighbouring logits of a lane: a thread reads them at once."""
+
+MAX_LANES = 2048
+"""Most lanes of a program."""
+
+WARPS = 32
+"""Of a program. With more programs on a multiprocessor, the logits would be out of its cache when
+they are read again: on an H200 24 % faster than 8 warps with 4,096 logits at once."""
 
 
 def cross_entropy(
@@ -23,71 +30,67 @@ def cross_entropy(
 
     Returns:
         Negative log-likelihoods in nats, float32 [tokens]; whether each target is the most likely
-        token [tokens]; the gradient in the memory of the logits, or None.
+        token [tokens], not set with a gradient; the gradient in the memory of the logits, or None.
     """
     tokens, vocabulary = logits.shape
     losses = torch.empty(tokens, device=logits.device)
     correct = torch.empty(tokens, dtype=torch.bool, device=logits.device)
     arguments = (logits, targets, losses, correct, vocabulary)
-    block = min(MAX_BLOCK, triton.next_power_of_2(vocabulary))
-    launch(
-        _cross_entropy_kernel,
-        (tokens, 1, 1),
-        arguments,
-        (with_gradient, block),
-        8,
-    )
+    lanes = min(MAX_LANES, triton.next_power_of_2(triton.cdiv(vocabulary, WIDTH)))
+    constants = (with_gradient, lanes, WIDTH)
+    launch(_cross_entropy_kernel, (tokens, 1, 1), arguments, constants, WARPS)
     gradient = logits if with_gradient else None
     return losses, correct, gradient
 
 
 @triton.jit
-def _load_logits(token_logits, column, vocabulary):
+def _load_logits(token_logits, columns, vocabulary):
     """Some of a token's logits, as float32; -inf beyond the vocabulary."""
-    mask = column < vocabulary
-    return tl.load(token_logits + column, mask=mask, other=-float("inf")).to(tl.float32)
+    mask = columns < vocabulary
+    logits = tl.load(token_logits + columns, mask=mask, other=-float("inf"))
+    return logits.to(tl.float32)
 
 
 @triton.jit
 def _cross_entropy_kernel(
     logits, targets, losses, correct, vocabulary,
-    WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     # Offsets may be too large for 32 bits.
     token = tl.program_id(0).to(tl.int64)
     token_logits = logits + token * vocabulary
     target = tl.load(targets + token)
+    cells = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     # Online softmax (Milakov and Gimelshein, 2018): maximum and denominator in one pass. What was
-    # summed under an earlier maximum shrinks to the new one.
-    maximum = -float("inf")
-    likeliest = 0
-    denominator = 0.0
-    for start in range(0, vocabulary, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        values = _load_logits(token_logits, column, vocabulary)
-        block_maximum = tl.max(values, 0)
-        block_likeliest = start + tl.argmax(values, 0)
-        likeliest = tl.where(block_maximum > maximum, block_likeliest, likeliest)
-        new_maximum = tl.maximum(block_maximum, maximum)
-        rescaled = denominator * tl.exp(maximum - new_maximum)
-        denominator = rescaled + tl.sum(tl.exp(values - new_maximum), 0)
-        maximum = new_maximum
+    # summed under an earlier maximum shrinks to the new one. Each lane has its own, so that threads
+    # wait for each other only once. Finite, as a lane may have no logit.
+    maxima = tl.full((LANES,), -1e30, tl.float32)
+    denominators = tl.zeros((LANES,), tl.float32)
+    likeliest = tl.zeros((LANES,), tl.int32)
+    for start in range(0, vocabulary, LANES * WIDTH):
+        columns = start + cells
+        values = _load_logits(token_logits, columns, vocabulary)
+        larger = tl.maximum(tl.max(values, 1), maxima)
+        if not WITH_GRADIENT:
+            first = tl.min(tl.where(values == larger[:, None], columns, vocabulary), 1)
+            likeliest = tl.where(larger > maxima, first, likeliest)
+        terms = tl.sum(tl.exp(values - larger[:, None]), 1)
+        denominators = denominators * tl.exp(maxima - larger) + terms
+        maxima = larger
+    maximum = tl.max(maxima, 0)
+    denominator = tl.sum(denominators * tl.exp(maxima - maximum), 0)
     log_sum_exp = maximum + tl.log(denominator)
     # Read before the gradient takes the place of the logits.
     target_logit = tl.load(token_logits + target).to(tl.float32)
     tl.store(losses + token, log_sum_exp - target_logit)
-    tl.store(correct + token, likeliest == target)
-    # The second and last pass over the logits: the denominator has to be known first.
-    if WITH_GRADIENT:
-        for start in range(0, vocabulary, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            probabilities = tl.exp(
-                _load_logits(token_logits, column, vocabulary) - log_sum_exp
-            )
-            gradient = probabilities - tl.where(column == target, 1.0, 0.0)
-            store_rounded(
-                token_logits,
-                column,
-                gradient,
-                column < vocabulary,
-            )
+    if not WITH_GRADIENT:
+        prediction = tl.min(tl.where(maxima == maximum, likeliest, vocabulary), 0)
+        tl.store(correct + token, prediction == target)
+    else:
+        # The second and last pass over the logits: the denominator has to be known first.
+        for start in range(0, vocabulary, LANES * WIDTH):
+            columns = start + cells
+            values = _load_logits(token_logits, columns, vocabulary)
+            is_target = tl.where(columns == target, 1.0, 0.0)
+            gradient = tl.exp(values - log_sum_exp) - is_target
+            store_rounded(token_logits, columns, gradient, columns < vocabulary)
