@@ -23,7 +23,6 @@ from finetune.engine.packed.execution import Execution
 from finetune.engine.packed.fresh_adapters import FreshAdapters
 from finetune.engine.packed.generation_pass import generate_answers
 from finetune.engine.packed.packed_base import PackedBase
-from finetune.engine.packed.request_groups import alternating
 from finetune.engine.packed.requests import (
     Evaluate,
     ForwardBackward,
@@ -33,6 +32,7 @@ from finetune.engine.packed.requests import (
     Response,
     Wait,
 )
+from finetune.engine.packed.requests_by_device import alternating
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.packed.training_pass import compute_gradients
 from finetune.model.quantization import compute_dtype

@@ -1,4 +1,4 @@
-"""A base as passes compute it: packed batches of requests, and losses from hidden states."""
+"""A base as passes compute it: groups of requests, their batches, losses from hidden states."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -9,8 +9,9 @@ from finetune.engine.packed.backends import Backends
 from finetune.engine.packed.base_devices import BaseDevices
 from finetune.engine.packed.batch import BatchLayout, PackedBatch, lay_out
 from finetune.engine.packed.losses import TokenLosses, token_losses
-from finetune.engine.packed.request_groups import pass_groups
+from finetune.engine.packed.pipeline import group_size
 from finetune.engine.packed.requests import Evaluate, ForwardBackward
+from finetune.engine.packed.requests_by_device import by_device
 from finetune.model.architectures import logit_transform_of
 
 if TYPE_CHECKING:
@@ -45,9 +46,21 @@ class PackedBase:
         self._logit_transform = logit_transform_of(base.config)
 
     def groups(self, requests: Sequence[_Request]) -> list[Sequence[_Request]]:
-        """Divide requests into those of which each has a packed batch."""
-        borrows_blocks = self.backends.current.borrows_blocks
-        return pass_groups(requests, self.devices.stages, borrows_blocks)
+        """Divide requests into those that are computed together.
+
+        On several GPUs each GPU has a group of its own, whose blocks it computes. Or one group's
+        blocks are computed by a GPU while another computes the next blocks of the group before
+        (`pipeline`).
+
+        Args:
+            requests: One for each slot.
+        """
+        if self.backends.current.borrows_blocks:
+            return list(by_device(requests).values())
+        size = group_size(len(requests), self.devices.stages)
+        return [
+            requests[start : start + size] for start in range(0, len(requests), size)
+        ]
 
     def batch(self, requests: Sequence[ForwardBackward | Evaluate]) -> PackedBatch:
         """Return the packed batch of a group."""

@@ -17,8 +17,8 @@ from finetune.engine.packed.packed_base import PackedBase
 from finetune.engine.packed.pass_figures import PassFigures
 from finetune.engine.packed.pass_timer import PassTimer
 from finetune.engine.packed.pipeline import PassSteps, interleave
-from finetune.engine.packed.request_groups import by_device
 from finetune.engine.packed.requests import ForwardBackward, ForwardBackwardResult
+from finetune.engine.packed.requests_by_device import by_device
 from finetune.model.device import to_device
 
 

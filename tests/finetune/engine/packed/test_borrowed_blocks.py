@@ -89,7 +89,7 @@ def small_base(tiny_base: Path, tmp_path: Path) -> Path:
 
 def test_half_of_the_requests_is_half_of_those_of_each_gpu() -> None:
     """As they are executed where memory is too short for all."""
-    from finetune.engine.packed.request_groups import alternating
+    from finetune.engine.packed.requests_by_device import alternating
 
     first, second = GPUS
     for devices in ([second, second, first, first], [first, first, second], [first]):
