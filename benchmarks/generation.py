@@ -151,7 +151,7 @@ class Sides:
         bank = Bank(self._load_base(arguments, dequantized=True), self.config)
         slots = []
         for seed in range(runs):
-            slot = bank.create_slot(self.config.lora, seed)
+            slot = bank.slots.create(self.config.lora, seed)
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(slot.vector.shape, generator=generator)
             slot.vector.copy_(noise * CHANGE)

@@ -170,7 +170,7 @@ def measure_side(
         )
         if side == "ours" and base is not None:
             bank: Any = base
-            if bank.backend.borrows_blocks != case.borrows_blocks:
+            if bank.backends.current.borrows_blocks != case.borrows_blocks:
                 base = bank = None
                 free()
         if base is None:
@@ -456,7 +456,7 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
     slots = []
     for seed, counter in enumerate(counters):
         config = case.config(seed)
-        slot = bank.create_slot(config.lora, seed)
+        slot = bank.slots.create(config.lora, seed)
         slots.append(slot)
         training = PackedTraining(
             config,
@@ -467,7 +467,7 @@ def ours(bank: Any, case: Case) -> tuple[float, int]:
         works.append(training.train(counter, None, None))  # type: ignore[arg-type]
     # Those of the next case find all GPUs empty.
     for slot in slots:
-        bank.remove_slot(slot)
+        bank.slots.remove(slot)
     requests: list[Any] = [next(work) for work in works]
 
     def step() -> None:

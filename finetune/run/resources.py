@@ -287,12 +287,12 @@ class SharedResources:
         bank = self.bank(config)
         lora = config.lora
         seed = config.seed
-        adapter = ADAPTER_THREAD.submit(bank.initialise_adapter, lora, seed)
+        adapter = ADAPTER_THREAD.submit(bank.adapters.create, lora, seed)
         bank.slots_in_use += 1
         slots: list[Slot] = []
 
         def create() -> "Slot":
-            slots.append(bank.create_slot(lora, seed, adapter.result()))  # noqa: F821  both exist then
+            slots.append(bank.slots.create(lora, seed, adapter.result()))  # noqa: F821  both exist then
             return slots[-1]
 
         try:
@@ -301,7 +301,7 @@ class SharedResources:
             bank.slots_in_use -= 1
             # Emptied, as the caller may still have the function.
             while slots:
-                bank.remove_slot(slots.pop())
+                bank.slots.remove(slots.pop())
             adapter.cancel()
             del adapter, bank
             collect_garbage()  # the GPU's memory stays reserved for the next slot

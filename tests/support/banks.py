@@ -18,5 +18,5 @@ def load_bank(config: RunConfig, saves: Any, borrows_blocks: bool = False) -> An
     dequantize_base(base, config)
     decoder = None if saves is None else Decoder(base, saves, borrows_blocks)
     bank = Bank(base, config, decoder)
-    assert isinstance(bank.backend, Decoder) is (saves is not None)
+    assert isinstance(bank.backends.current, Decoder) is (saves is not None)
     return bank

@@ -139,7 +139,7 @@ def _run(architecture: str, head_dim: int) -> None:
     for many, rank in passes:
         adapter_tables.MANY_TOKENS = many
         lora = dataclasses.replace(config.lora, r=rank)
-        slot = bank.create_slot(lora, 0)
+        slot = bank.slots.create(lora, 0)
         bank.forward_backward([ForwardBackward(slot, rows, 0.1, 1)])
     bank.evaluate([Evaluate(slot, rows)])
 

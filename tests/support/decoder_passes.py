@@ -20,7 +20,7 @@ def make_slots(tiny: Any, folder: Path, dropout: float, saves: Any) -> list[Any]
         for seed, settings in enumerate(SLOTS)
     ]
     bank = load_bank(configs[0], saves)
-    slots = [bank.create_slot(config.lora, config.seed) for config in configs]
+    slots = [bank.slots.create(config.lora, config.seed) for config in configs]
     torch.manual_seed(1)
     for slot in slots:
         slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)

@@ -78,7 +78,7 @@ class Pack:
         self.slots = []
         self.models = []
         for seed in (0, 1):
-            slot = self.bank.create_slot(self.config.lora, seed)
+            slot = self.bank.slots.create(self.config.lora, seed)
             generator = torch.Generator().manual_seed(seed)
             slot.vector.copy_(torch.randn(slot.vector.shape, generator=generator) * 0.1)
             model = add_adapter(copy.deepcopy(reference), self.config.lora, seed)

@@ -41,9 +41,9 @@ def train(
         borrows_blocks: See `load_bank`.
     """
     bank = load_bank(configs[0], saves, borrows_blocks)
-    slots = [bank.create_slot(config.lora, config.seed) for config in configs]
+    slots = [bank.slots.create(config.lora, config.seed) for config in configs]
     # No probe has found it wrong.
-    assert isinstance(bank.backend, AutogradBackend) is (saves is None)
+    assert isinstance(bank.backends.current, AutogradBackend) is (saves is None)
     generator = torch.Generator().manual_seed(1)
     figures = []
     gradients = []

@@ -387,8 +387,8 @@ def test_a_gpu_decoder_that_is_wrong_is_replaced_by_autograd(
     config = tiny("quantization=none")
     base = load_base(find_base(config.model), config)
     bank = Bank(base, config, WrongBackend(AutogradBackend(base, False)))
-    bank.create_slot(config.lora, 0)
-    assert isinstance(bank.backend, AutogradBackend)
+    bank.slots.create(config.lora, 0)
+    assert isinstance(bank.backends.current, AutogradBackend)
     (line,) = lines_of(caplog)
     assert line.startswith(
         "training with PyTorch's slower operations: the GPU kernels compute"

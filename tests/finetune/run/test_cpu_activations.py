@@ -48,7 +48,7 @@ def test_is_what_autograd_allocates(
     )
     base = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shapes))
     bank = Bank(base, config)
-    slot = bank.create_slot(config.lora, 0)
+    slot = bank.slots.create(config.lora, 0)
     ids = [torch.randint(0, 300, (length,)).tolist() for length in (180, 150, 90, 300)]
     rows = [{"input_ids": row, "labels": row} for row in ids]
     planned = cpu_activations(
@@ -127,7 +127,7 @@ def test_is_about_what_autograd_allocates_for_other_architectures(
     )
     config = tiny("quantization=none", "trainer.gradient_checkpointing=false")
     bank = Bank(base, config)
-    slot = bank.create_slot(config.lora, 0)
+    slot = bank.slots.create(config.lora, 0)
     ids = [torch.randint(8, 300, (length,)).tolist() for length in (180, 150, 90, 300)]
     rows = [{"input_ids": row, "labels": row} for row in ids]
     planned = cpu_activations(

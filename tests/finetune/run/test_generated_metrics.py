@@ -110,7 +110,9 @@ def test_without_metrics_nothing_is_generated(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("generated")
 
-    monkeypatch.setattr("finetune.engine.packed.bank.generate_tokens", refuse)
+    monkeypatch.setattr(
+        "finetune.engine.packed.generation_pass.generate_tokens", refuse
+    )
 
     run(learnable(), tmp_path / "run", QUIET)
 

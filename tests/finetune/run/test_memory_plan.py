@@ -295,7 +295,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
         f"trainer.gradient_checkpointing={str(saves).lower()}",
     )
     bank = Bank(base, config, Decoder(base, saves))
-    places = [bank.create_slot(config.lora, seed) for seed in range(slots)]
+    places = [bank.slots.create(config.lora, seed) for seed in range(slots)]
     targets = adapted_layers(places[0].model)
     elements = activation_elements(base.config, config, targets, slots)
     tokens = 4 * 300
@@ -308,7 +308,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
         usable = (1 + 2 + more + 0.5) * first + blocks.weight_bytes
         usable += shapes["num_hidden_layers"] * tokens * blocks.input_bytes
         stored_blocks = "finetune.engine.packed.gpu.stored_blocks"
-        available = int((usable + bank.backend._stored._logits) / USABLE)
+        available = int((usable + bank.backends.current._stored._logits) / USABLE)
         monkeypatch.setattr(f"{stored_blocks}.available_memory", lambda: available)
         # A CPU's is not looked at.
         widths = [_output_columns(layer) for layer in base.get_decoder().layers]

@@ -108,7 +108,7 @@ def interrupt_call(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> N
 
 
 ROWS = "finetune.run.resources.load_rows"
-ANSWERS = "finetune.engine.packed.bank.generate_tokens"
+ANSWERS = "finetune.engine.packed.generation_pass.generate_tokens"
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_an_interruption_outside_the_steps_says_how_to_continue(
 
 
 SLOW_ANSWERS = """
-import time, finetune.engine.packed.bank
-finetune.engine.packed.bank.generate_tokens = lambda *_: time.sleep(60)
+import time, finetune.engine.packed.generation_pass
+finetune.engine.packed.generation_pass.generate_tokens = lambda *_: time.sleep(60)
 """
 
 

@@ -90,10 +90,11 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.fresh_adapters import FreshAdapters
 
     learns, draws, takes, trained = (
         Bank.forward_backward,
-        Bank.initialise_adapter,
+        FreshAdapters.create,
         SharedResources.slot,
         threading.Event(),
     )
@@ -102,9 +103,9 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
         trained.set()
         return learns(bank, requests)
 
-    def draw(bank: Bank, lora: Any, seed: int) -> Any:
+    def draw(adapters: FreshAdapters, lora: Any, seed: int) -> Any:
         assert seed != 2 or trained.wait(30), "nobody trains"
-        return draws(bank, lora, seed)
+        return draws(adapters, lora, seed)
 
     def slot(resources: SharedResources, config: RunConfig) -> Any:
         trained.clear()
@@ -112,7 +113,7 @@ def test_others_train_on_while_a_late_runs_adapter_is_drawn(
 
     monkeypatch.setattr(SharedResources, "slot", slot)
     monkeypatch.setattr(Bank, "forward_backward", forward_backward)
-    monkeypatch.setattr(Bank, "initialise_adapter", draw)
+    monkeypatch.setattr(FreshAdapters, "create", draw)
     configs = [
         tiny(*SHORT, f"trainer.max_steps={steps}", f"seed={n}")
         for n, steps in enumerate((15, 2, 2))
@@ -170,15 +171,16 @@ def test_runs_begin_and_end_while_others_compute(
 ) -> None:
     """What beginning and end take the host, a GPU need not wait for; so in each pass one begins."""
     from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.bank_slots import BankSlots
     from finetune.files.atomic import write_json
     from finetune.run import train
 
     passes, current, seen = 0, 0, []
-    execute, save, slot = Bank.execute, train.save_adapter, Bank.create_slot
+    execute, save, slot = Bank.execute, train.save_adapter, BankSlots.create
 
-    def having_drawn(bank: Bank, lora: Any, seed: int, model: Any) -> Any:
+    def having_drawn(slots: BankSlots, lora: Any, seed: int, model: Any) -> Any:
         seen.append((str(seed), "is drawn", current))
-        return slot(bank, lora, seed, model)
+        return slot(slots, lora, seed, model)
 
     def granting(bank: Bank, requests: Any, meanwhile: Any = None) -> Any:
         nonlocal passes, current
@@ -205,7 +207,7 @@ def test_runs_begin_and_end_while_others_compute(
     ]
     with monkeypatch.context() as patched:
         patched.setattr(Bank, "execute", granting)
-        patched.setattr(Bank, "create_slot", having_drawn)
+        patched.setattr(BankSlots, "create", having_drawn)
         patched.setattr(train, "save_adapter", saving)
         patched.setattr("finetune.run.run.write_json", writing)
         places = train_in_slots(configs, tmp_path, 3)

@@ -108,7 +108,7 @@ def test_an_adapter_has_the_same_logits_in_plain_peft(
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = torch.tensor([BATCHES[1][0]["input_ids"]])
-    with torch.no_grad(), pack.bank._autograd.adapted_rows([slot]) as adapted:
+    with torch.no_grad(), pack.bank.backends.autograd.adapted_rows([slot]) as adapted:
         ours = adapted.eval()(input_ids=ids, use_cache=False).logits
         theirs = plain(input_ids=ids, use_cache=False).logits
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -98,11 +98,11 @@ def test_generates_as_pefts_own_model(tiny: Tiny, biased: str, tmp_path: Path) -
     config = tiny(biased, *BIASES, *fast)
     run(config, tmp_path, RunContext(interactive=False))
     bank = SharedResources().bank(config)
-    plain = bank.create_slot(tiny("lora.init_lora_weights=false").lora, 1)
-    slot = bank.create_slot(config.lora, 0)
+    plain = bank.slots.create(tiny("lora.init_lora_weights=false").lora, 1)
+    slot = bank.slots.create(config.lora, 0)
     load_adapter(slot.model, tmp_path / "adapter")
     tokens = torch.arange(3, 20)[None]
-    with torch.no_grad(), bank._autograd.adapted_rows([plain, slot]) as adapted:
+    with torch.no_grad(), bank.backends.autograd.adapted_rows([plain, slot]) as adapted:
         ours = adapted(tokens.expand(2, -1)).logits[1]
     fresh = SharedResources().bank(config).base
     model = attach_adapter(fresh, tmp_path / "adapter").eval()

@@ -89,14 +89,14 @@ def small_base(tiny_base: Path, tmp_path: Path) -> Path:
 
 def test_half_of_the_requests_is_half_of_those_of_each_gpu() -> None:
     """As they are executed where memory is too short for all."""
-    from finetune.engine.packed.bank import _alternating
+    from finetune.engine.packed.requests_by_device import alternating
 
     first, second = GPUS
     for devices in ([second, second, first, first], [first, first, second], [first]):
         requests: list[Any] = [
             SimpleNamespace(slot=SimpleNamespace(device=device)) for device in devices
         ]
-        ordered = _alternating(requests)
+        ordered = alternating(requests)
         assert sorted(map(id, ordered)) == sorted(map(id, requests))
         half = [request.slot.device for request in ordered[: len(ordered) // 2]]
         assert abs(half.count(first) - half.count(second)) <= 1
@@ -107,15 +107,15 @@ def test_half_of_the_requests_is_half_of_those_of_each_gpu() -> None:
 def test_slots_are_spread_evenly_while_trials_end_and_begin(
     tiny: Tiny, small_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.backends import Backends
 
     (config,) = configs_of(tiny, small_base, 1)
     load_on_pretend_gpus(monkeypatch)
-    monkeypatch.setattr(Bank, "_check_backend", lambda *_: None)
+    monkeypatch.setattr(Backends, "check", lambda *_: None)
     first, second = GPUS
     with pretend_gpus(monkeypatch):
         bank = load_bank(config, True, borrows_blocks=True)
-        slots = [bank.create_slot(config.lora, seed) for seed in range(4)]
+        slots = [bank.slots.create(config.lora, seed) for seed in range(4)]
         assert [slot.device for slot in slots] == [first, second] * 2
         for slot in slots:
             everything = {slot.vector.device, slot.gradient.device}
@@ -123,21 +123,21 @@ def test_slots_are_spread_evenly_while_trials_end_and_begin(
             assert everything == {slot.device}
         # Both on one GPU end: the next two begin there.
         for slot in slots[1::2]:
-            bank.remove_slot(slot)
-        begun = [bank.create_slot(config.lora, seed) for seed in range(3)]
+            bank.slots.remove(slot)
+        begun = [bank.slots.create(config.lora, seed) for seed in range(3)]
         assert [slot.device for slot in begun] == [second, second, first]
 
 
 def test_a_run_that_ends_leaves_its_place(
     tiny: Tiny, small_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.backends import Backends
     from finetune.run.resources import SharedResources
 
     (config,) = configs_of(tiny, small_base, 1)
     load_on_pretend_gpus(monkeypatch)
     decide_for_the_decoder(monkeypatch)
-    monkeypatch.setattr(Bank, "_check_backend", lambda *_: None)
+    monkeypatch.setattr(Backends, "check", lambda *_: None)
     resources = SharedResources()
     with pretend_gpus(monkeypatch), resources.borrowed_blocks(True):
         devices = []
@@ -175,7 +175,7 @@ def test_where_autograd_replaces_the_decoder_slots_are_as_in_the_pipeline(
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]
 
     def figures(bank: Any) -> Any:
-        slots = [bank.create_slot(config.lora, config.seed) for config in configs]
+        slots = [bank.slots.create(config.lora, config.seed) for config in configs]
         assert [slot.device for slot in slots] == [bank.device] * 2
         assert not any(slot.is_on_one_device for slot in slots)
         requests = [ForwardBackward(slot, rows, 0.1, 1) for slot in slots]
@@ -200,9 +200,9 @@ def test_where_autograd_replaces_the_decoder_slots_are_as_in_the_pipeline(
     load_on_pretend_gpus(monkeypatch)
     with pretend_gpus(monkeypatch):
         bank = load_bank(configs[0], True, borrows_blocks=True)
-        assert bank.backend.borrows_blocks
+        assert bank.backends.current.borrows_blocks
         assert figures(bank) == pytest.approx(expected, rel=1e-4)
-        assert not bank.backend.borrows_blocks
+        assert not bank.backends.current.borrows_blocks
     reasons = {
         variant[-5:]: reason
         for (shortcut, _, variant), reason in _answers[bank.base].items()
@@ -217,7 +217,7 @@ def test_where_autograd_replaces_the_decoder_slots_are_as_in_the_pipeline(
 def test_a_run_on_the_second_gpu_goes_on_from_its_checkpoint(
     tiny: Tiny, small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.bank_slots import BankSlots
     from finetune.run.context import RunContext
     from finetune.run.resources import SharedResources
     from finetune.run.run import run
@@ -238,7 +238,7 @@ def test_a_run_on_the_second_gpu_goes_on_from_its_checkpoint(
     def spread_base() -> None:
         load_on_pretend_gpus(monkeypatch)
         decide_for_the_decoder(monkeypatch)
-        monkeypatch.setattr(Bank, "_emptiest_gpu", lambda _: GPUS[1])
+        monkeypatch.setattr(BankSlots, "_emptiest_gpu", lambda _: GPUS[1])
 
     assert_resumed_is_alone(complete, spread_base, tmp_path, monkeypatch)
 
@@ -270,7 +270,7 @@ def test_a_replica_copies_nothing_but_its_small_weights(
     resources = SharedResources()
     with pretend_gpus(monkeypatch), resources.borrowed_blocks(True):
         # Its base has hooks by then.
-        assert resources.bank(config).backend.borrows_blocks
+        assert resources.bank(config).backends.current.borrows_blocks
     assert len(replicas) == 2
     for module, replica in replicas:
         present = {

@@ -178,12 +178,12 @@ def test_generates_as_pefts_own_model(tiny: Tiny, tmp_path: Path) -> None:
     bank = resources.bank(config)
     from finetune.model.adapter import load_adapter
 
-    plain = bank.create_slot(tiny("lora.init_lora_weights=false").lora, 1)
-    slot = bank.create_slot(config.lora, 0)
+    plain = bank.slots.create(tiny("lora.init_lora_weights=false").lora, 1)
+    slot = bank.slots.create(config.lora, 0)
     load_adapter(slot.model, tmp_path / "adapter")
     slot.vector.copy_(torch.cat([p.data.flatten() for p in slot.parameters]))
     tokens = torch.arange(3, 20)[None]
-    with torch.no_grad(), bank._autograd.adapted_rows([plain, slot]) as adapted:
+    with torch.no_grad(), bank.backends.autograd.adapted_rows([plain, slot]) as adapted:
         ours = adapted(tokens.expand(2, -1)).logits[1]
     bank.base.cpu()
     fresh = SharedResources().bank(config).base

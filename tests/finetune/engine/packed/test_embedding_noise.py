@@ -32,7 +32,7 @@ def test_noise_has_the_size_of_neftune(tiny: Tiny) -> None:
         {"input_ids": ids, "labels": ids}
         for ids in (list(range(2, 50)), list(range(2, 15)))
     ]
-    slots = [bank.create_slot(config.lora, seed) for seed in (0, 1)]
+    slots = [bank.slots.create(config.lora, seed) for seed in (0, 1)]
     requests = [
         ForwardBackward(slot, rows, 1.0, dropout_step=3, noise_alpha=alpha)
         for slot, alpha in zip(slots, (5.0, None), strict=True)
@@ -63,7 +63,7 @@ def test_each_seed_and_each_batch_has_noise_of_its_own(tiny: Tiny) -> None:
     config = tiny("quantization=none")
     bank = SharedResources().bank(config)
     rows = [{"input_ids": [*range(2, 30)], "labels": [*range(2, 30)]}]
-    slots = [bank.create_slot(config.lora, seed) for seed in (0, 1)]
+    slots = [bank.slots.create(config.lora, seed) for seed in (0, 1)]
     batch = pack_rows([rows, rows], bank.device, [1, 1])
     drawn: set[float] = set()
     for batch_number in (1, 2, 1):

@@ -71,12 +71,12 @@ def test_it_is_pefts_for_all_settings(name: str, tiny: Tiny) -> None:
     from finetune.model.adapter_templates import AdapterTemplates
 
     bank = make_bank("Llama", tiny)
-    templates = AdapterTemplates(bank._skeleton)
+    templates = AdapterTemplates(bank.adapters._skeleton)
     # Another one of the same template comes first.
     templates.create(tiny("lora.r=2", *SETTINGS[name][1:]).lora, 1)
     lora = tiny(*SETTINGS[name]).lora
     for seed in (0, 7):
-        expected = add_adapter(bank._skeleton(), lora, seed)
+        expected = add_adapter(bank.adapters._skeleton(), lora, seed)
         require_same(templates.create(lora, seed), expected)
 
 
@@ -86,16 +86,16 @@ def test_it_is_pefts_on_every_architecture(architecture: str, tiny: Tiny) -> Non
 
     bank = make_bank(architecture, tiny)
     lora = tiny("lora.dropout=0.1", "lora.r=4").lora
-    expected = add_adapter(bank._skeleton(), lora, 3)
-    require_same(bank.initialise_adapter(lora, 3), expected)
-    (template,) = bank._adapters._templates.values()
+    expected = add_adapter(bank.adapters._skeleton(), lora, 3)
+    require_same(bank.adapters.create(lora, 3), expected)
+    (template,) = bank.adapters._templates._templates.values()
     assert template is not None
 
 
 def test_slots_share_no_weights(tiny: Tiny) -> None:
     bank = make_bank("Llama", tiny)
     lora = tiny().lora
-    models = [bank.initialise_adapter(lora, seed) for seed in (0, 0)]
+    models = [bank.adapters.create(lora, seed) for seed in (0, 0)]
     first, second = (
         [weight for weight in model.parameters() if weight.requires_grad]
         for model in models
@@ -141,7 +141,7 @@ def test_a_model_that_cannot_be_pickled_is_adapted_by_peft_each_time(
     bank = make_bank("Llama", tiny)
 
     def skeleton() -> Any:
-        model = bank._skeleton()
+        model = bank.adapters._skeleton()
         model.activation = make_value()
         return model
 

@@ -18,7 +18,7 @@ def test_dropout_is_drawn_by_the_runs_seed_and_its_batch(tiny: Tiny) -> None:
     rows = list(
         resources.tokens("train", resources.rows(config.dataset).train, config)
     )[:2]
-    slots = [bank.create_slot(config.lora, seed) for seed in range(3)]
+    slots = [bank.slots.create(config.lora, seed) for seed in range(3)]
     for slot in slots[1:]:
         slot.vector.copy_(slots[0].vector)
         slot.refresh_weights()
@@ -80,7 +80,8 @@ def test_each_layer_draws_dropout_of_its_own(
     config = tiny("lora.dropout=0.5", NONE)
     resources = SharedResources()
     slots = [
-        resources.bank(config).create_slot(config.lora, seed) for seed in (0, 2**32 - 1)
+        resources.bank(config).slots.create(config.lora, seed)
+        for seed in (0, 2**32 - 1)
     ]
     rows = list(
         resources.tokens("train", resources.rows(config.dataset).train, config)

@@ -110,7 +110,7 @@ def test_the_plan_counts_the_state(tiny: Tiny, name: str) -> None:
 
     config = tiny(*SHORT, *SETTINGS[name], "trainer.gradient_checkpointing=false")
     resources = SharedResources()
-    slot = resources.bank(config).create_slot(config.lora, config.seed)
+    slot = resources.bank(config).slots.create(config.lora, config.seed)
     optimizer = SlotOptimizer(config, slot, total=STEPS)
     optimizer.update(slot.gradient, norm=torch.zeros(()), learning_rate=1e-3)
     states: list[dict[str, Any]] = list(optimizer._optimizer.state.values())

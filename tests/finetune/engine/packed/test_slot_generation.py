@@ -32,7 +32,7 @@ class Runs:
         self.tokenizer = self.resources.tokenizer(configs[0].model)
         self.trainings = []
         for number, config in enumerate(configs):
-            slot = self.resources.bank(config).create_slot(config.lora, config.seed)
+            slot = self.resources.bank(config).slots.create(config.lora, config.seed)
             generator = torch.Generator().manual_seed(number)
             noise = torch.randn(slot.vector.shape, generator=generator)
             slot.vector.copy_(noise * change)

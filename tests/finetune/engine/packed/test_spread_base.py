@@ -176,13 +176,13 @@ def test_between_gpus_go_hidden_states_alone(
     """Any other copy would wait for what both GPUs have to compute, before the blocks can begin."""
     from support import pretend_gpus as pretended
 
-    from finetune.engine.packed.bank import Bank
+    from finetune.engine.packed.backends import Backends
     from finetune.engine.packed.batch import lay_out
 
     folder = llama(tiny_base, tmp_path / "base", tied=False, layers=2)
     (config,) = configs_of(tiny, folder, 1)
     load_on_pretend_gpus(monkeypatch)
-    monkeypatch.setattr(Bank, "_check_backend", lambda *_: None)
+    monkeypatch.setattr(Backends, "check", lambda *_: None)
     copies = []
     copied = pretended._copied
 
@@ -193,7 +193,7 @@ def test_between_gpus_go_hidden_states_alone(
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]
     with pretend_gpus(monkeypatch):
         bank = load_bank(config, True)
-        slot = bank.create_slot(config.lora, 1)
+        slot = bank.slots.create(config.lora, 1)
         request = ForwardBackward(slot, rows, 0.1, 1, layout=lay_out(rows))
         bank.forward_backward([request])
         monkeypatch.setattr(pretended, "_copied", counting)

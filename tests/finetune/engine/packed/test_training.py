@@ -183,7 +183,7 @@ def together_step_by_step(
     resources = SharedResources()
     rows = resources.rows(configs[0].dataset).train
     slots = [
-        resources.bank(config).create_slot(config.lora, config.seed)
+        resources.bank(config).slots.create(config.lora, config.seed)
         for config in configs
     ]
     trainings = [
@@ -292,12 +292,15 @@ def test_saved_adapters_are_plain_pefts_at_their_true_rank(
         model = PeftModel.from_pretrained(base, place / "adapter").eval()
         assert model.peft_config["default"].r == rank
         resources = SharedResources()
-        slot = resources.bank(config).create_slot(config.lora, config.seed)
+        slot = resources.bank(config).slots.create(config.lora, config.seed)
         from finetune.model.adapter import load_adapter
 
         load_adapter(slot.model, place / "adapter")
         ids = torch.arange(40).reshape(2, 20)
-        with torch.no_grad(), slot.bank._autograd.adapted_rows([slot]) as spoken:
+        with (
+            torch.no_grad(),
+            slot.bank.backends.autograd.adapted_rows([slot]) as spoken,
+        ):
             ours = spoken(input_ids=ids).logits
             theirs = model(input_ids=ids).logits
         assert float((ours - theirs).abs().max()) < 1e-4

@@ -48,7 +48,7 @@ def test_the_decoder_by_hand_is_each_architecture_with_autograd(
     found = []
     for by_hand in (False, True):
         bank = load_bank(configs[0], saves if by_hand else None)
-        slots = [bank.create_slot(config.lora, config.seed) for config in configs]
+        slots = [bank.slots.create(config.lora, config.seed) for config in configs]
         torch.manual_seed(1)
         for slot in slots:
             slot.vector.add_(
@@ -103,7 +103,7 @@ def test_dropout_is_the_same_when_activations_are_computed_again(
     )
     found = []
     for saves in (False, True):
-        slot = load_bank(config, saves).create_slot(config.lora, 0)
+        slot = load_bank(config, saves).slots.create(config.lora, 0)
         torch.manual_seed(1)
         slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
         rows = [{"input_ids": list(range(20)), "labels": list(range(20))}]

@@ -27,7 +27,7 @@ def test_ranks_of_layers_and_noise_are_those_of_autograd(tiny: Tiny) -> None:
     found: list[Any] = []
     for saves in (None, False):
         bank = load_bank(configs[0], saves)
-        slots = [bank.create_slot(c.lora, seed) for seed, c in enumerate(configs)]
+        slots = [bank.slots.create(c.lora, seed) for seed, c in enumerate(configs)]
         torch.manual_seed(1)
         for slot in slots:
             # A fresh B is zero.

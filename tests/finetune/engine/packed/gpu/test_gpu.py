@@ -98,12 +98,12 @@ def test_the_decoder_by_hand_is_the_base_with_autograd(
         with monkeypatch.context() as patched:
             if not by_hand:
                 patched.setattr(
-                    "finetune.engine.packed.bank.gpu_decoder", lambda *_: None
+                    "finetune.engine.packed.backends.gpu_decoder", lambda *_: None
                 )
             resources = SharedResources()
             bank = resources.bank(config)
-            assert isinstance(bank.backend, Decoder) is by_hand
-            slots = [bank.create_slot(config.lora, seed) for seed in range(3)]
+            assert isinstance(bank.backends.current, Decoder) is by_hand
+            slots = [bank.slots.create(config.lora, seed) for seed in range(3)]
         torch.manual_seed(1)
         for slot in slots:
             slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
@@ -165,7 +165,9 @@ def test_a_base_on_two_gpus_is_the_base_on_one(
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     if not by_hand:
-        monkeypatch.setattr("finetune.engine.packed.bank.gpu_decoder", lambda *_: None)
+        monkeypatch.setattr(
+            "finetune.engine.packed.backends.gpu_decoder", lambda *_: None
+        )
     results = []
     for gpus, together in ((1, True), (2, True), (2, False)):
         config = tiny(
@@ -179,7 +181,7 @@ def test_a_base_on_two_gpus_is_the_base_on_one(
         bank = resources.bank(config)
         assert len({weight.device for weight in bank.base.parameters()}) == gpus
         results.append(_train_slots(config, resources, bank, together))
-        assert isinstance(bank.backend, Decoder) is by_hand
+        assert isinstance(bank.backends.current, Decoder) is by_hand
     (expected, gradients), *others = results
     for figures, computed in others:
         assert by(figures, expected) < 5e-3
@@ -197,7 +199,7 @@ def _train_slots(
     from finetune.engine.packed.requests import Evaluate, ForwardBackward, Generate
 
     rows = list(resources.tokens("train", resources.rows(config.dataset).train, config))
-    slots = [bank.create_slot(config.lora, seed) for seed in range(5)]
+    slots = [bank.slots.create(config.lora, seed) for seed in range(5)]
     torch.manual_seed(1)
     for slot in slots:
         slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
@@ -260,7 +262,7 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
     config = tiny("lora.r=16")
     resources = SharedResources()
     bank, busy = resources.bank(config), []
-    one, other = (bank.create_slot(config.lora, seed) for seed in (0, 1))
+    one, other = (bank.slots.create(config.lora, seed) for seed in (0, 1))
     rows = list(resources.tokens("train", resources.rows(config.dataset).train, config))
     request = ForwardBackward(one, rows[:2], 0.1, 1)
     bank.execute([request])
@@ -521,7 +523,7 @@ def test_recorded_steps_generate_the_tokens_of_launched_ones(
     requests = []
     torch.manual_seed(1)
     for seed in range(3):
-        slot = bank.create_slot(config.lora, seed)
+        slot = bank.slots.create(config.lora, seed)
         slot.vector.add_(torch.randn_like(slot.vector), alpha=0.05)
         prompts = encode_prompts(
             bank.base,

@@ -80,7 +80,7 @@ def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
     monkeypatch.setattr("finetune.engine.packed.gpu.pass_size.MIN_STEP", 16)
     pool = repeating_pool()
     monkeypatch.setattr(f"{RECORDED}.PassPool", lambda: pool)
-    recorder = slots[0].bank.backend._recorder
+    recorder = slots[0].bank.backends.current._recorder
 
     train(*cases[0], 5)  # what is met for the first time is not recorded yet
     results = [train(some, lengths, 5) for some, lengths in cases]
@@ -212,7 +212,7 @@ def test_memory_of_recorded_passes_is_given_back_where_it_is_short(
     slots = make_slots(tiny, folder, dropout=0.0, saves=False)
     expected = train(slots, LENGTHS)
     train(slots, LENGTHS)
-    backend = slots[0].bank.backend
+    backend = slots[0].bank.backends.current
     import torch
 
     free_memory()

@@ -122,7 +122,7 @@ def test_a_pass_is_the_same_however_many_blocks_are_stored(
         assert losses == figures[0][0]
         assert all(map(torch.equal, gradients, figures[0][1]))
 
-    backend = slots[0].bank.backend
+    backend = slots[0].bank.backends.current
     # An evaluation would gain nothing.
     assert backend.release_memory(trains=False) is None
 

@@ -39,9 +39,9 @@ def wide_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def train(config: RunConfig, borrows_blocks: bool) -> dict[str, list[Any]]:
     """Losses, evaluations and gradients of five slots, some of whose weights change."""
     bank = load_bank(config, True, borrows_blocks)
-    slots = [bank.create_slot(config.lora, seed) for seed in range(5)]
+    slots = [bank.slots.create(config.lora, seed) for seed in range(5)]
     # No probe has found it wrong.
-    assert bank.backend.borrows_blocks == borrows_blocks
+    assert bank.backends.current.borrows_blocks == borrows_blocks
     assert len({slot.device for slot in slots}) == 1 + borrows_blocks
     generator = torch.Generator().manual_seed(1)
     for slot in slots:
@@ -98,7 +98,7 @@ def test_steps_that_are_given_ahead_wait_for_their_weights(
         "trainer.gpus=2",
     )
     bank = load_bank(config, True, borrows_blocks=True)
-    slots = [bank.create_slot(config.lora, seed) for seed in range(2)]
+    slots = [bank.slots.create(config.lora, seed) for seed in range(2)]
     rows = [{"input_ids": [*range(5, 60)], "labels": [*range(5, 60)]}]
     results = []
     for _ in range(50):
