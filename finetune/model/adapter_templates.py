@@ -120,14 +120,28 @@ class _Template:
         config.r = settings.r
         config.lora_alpha = settings.lora_alpha
         config.lora_dropout = settings.lora_dropout
+        sizes = []
+        for layer in layers:
+            sizes += [layer.in_features * config.r, layer.out_features * config.r]
+        # One vector, which a slot need not put together.
+        pieces = iter(torch.empty(sum(sizes), dtype=torch.float32).split(sizes))
         with seeded(seed):
             for layer in layers:
-                _initialise(layer, settings)
+                _initialise(layer, settings, next(pieces), next(pieces))
         return model
 
 
-def _initialise(layer: "LoraLayer", config: "LoraConfig") -> None:
-    """Give a layer a fresh adapter, as PEFT's `update_layer` does."""
+def _initialise(
+    layer: "LoraLayer", config: "LoraConfig", a: torch.Tensor, b: torch.Tensor
+) -> None:
+    """Give a layer a fresh adapter, as PEFT's `update_layer` does.
+
+    Args:
+        layer: Has an adapter of another rank.
+        config: The adapter's settings.
+        a: Memory of A's weights [rank · in_features].
+        b: Memory of B's weights [out_features · rank].
+    """
     dropout = config.lora_dropout
     layer.r["default"] = config.r
     layer.lora_alpha["default"] = config.lora_alpha
@@ -135,11 +149,13 @@ def _initialise(layer: "LoraLayer", config: "LoraConfig") -> None:
     layer.lora_dropout["default"] = (
         torch.nn.Dropout(dropout) if dropout else torch.nn.Identity()
     )
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    down.out_features = up.in_features = config.r
+    down.weight = torch.nn.Parameter(a.view(config.r, layer.in_features))
+    up.weight = torch.nn.Parameter(b.view(layer.out_features, config.r))
     # Both are drawn, and then drawn again or set to zero: the same seed gives PEFT's weights.
-    a = torch.nn.Linear(layer.in_features, config.r, bias=False)
-    b = torch.nn.Linear(config.r, layer.out_features, bias=False)
-    layer.lora_A["default"] = a
-    layer.lora_B["default"] = b
+    down.reset_parameters()
+    up.reset_parameters()
     layer.reset_lora_parameters("default", config.init_lora_weights)
 
 
