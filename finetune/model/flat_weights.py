@@ -49,4 +49,3 @@ def separate_views(
         views.append(torch.from_numpy(array[start:stop]).view(parameter.shape))
         start = stop
     return views
-

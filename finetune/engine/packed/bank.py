@@ -112,7 +112,9 @@ class Bank:
         """Whether passes are queued, and computed while the host goes on."""
         # A copy, because a pass changes the base's own config while it lasts.
         self._base_config = copy.deepcopy(base.config)
-        self._adapters = AdapterTemplates(self._skeleton)
+        self._adapters = AdapterTemplates(
+            self._skeleton, shares_weights=self.is_asynchronous
+        )
         self._head = base.get_output_embeddings()
         self._head_device = self._head.weight.device
         self._stages = count_stages(base)

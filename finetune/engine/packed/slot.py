@@ -82,7 +82,10 @@ class Slot:
         """Has the vector, and so the optimizer's state."""
         # One vector: the norm of the gradient, the update and a copy to the host are one operation
         # each, however many layers there are.
-        self.vector = to_device(flatten_weights(self.parameters), self.device)
+        weights = flatten_weights(self.parameters)
+        if self.device.type == "cpu":
+            weights = weights.clone()  # others may begin with the same
+        self.vector = to_device(weights, self.device)
         """All adapter weights [parameters], float32."""
         self.gradient = torch.zeros_like(self.vector)
         """Gradient of the last batch [parameters], float32."""
