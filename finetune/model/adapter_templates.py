@@ -193,7 +193,7 @@ def _sizes(layers: "list[LoraLayer]", rank: int) -> list[int]:
 
 def _use_weights(layers: "list[LoraLayer]", rank: int, weights: torch.Tensor) -> None:
     """Make the weights of layers views of one vector, which a slot then has at once."""
-    pieces = iter(weights.split(_sizes(layers, rank)))
+    pieces = iter(torch.split(weights, _sizes(layers, rank)))
     for layer in layers:
         a, b = next(pieces).view(rank, -1), next(pieces).view(-1, rank)
         layer.lora_A["default"].weight = torch.nn.Parameter(a)
