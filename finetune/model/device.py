@@ -156,8 +156,8 @@ class HostCopy:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         """Queue the copy behind the work that computes the tensor."""
-        # From a GPU into pinned memory, which PyTorch allocates for it; of a larger tensor, the host
-        # waits for the copy here.
+        # From a GPU into pinned memory, which PyTorch allocates for it. For the copy of a larger
+        # tensor the host waits here.
         self._copy = tensor.to("cpu", non_blocking=tensor.nbytes <= MOST_PINNED)
         self._event = record_event(tensor.device)
 
