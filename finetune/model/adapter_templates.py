@@ -17,6 +17,7 @@ import torch
 from finetune.config.sections.lora import LoraSettings
 from finetune.console import summary_line
 from finetune.model.adapter import add_adapter, seeded
+from finetune.model.device import on_gpu
 from finetune.model.lora_config import lora_config
 
 if TYPE_CHECKING:
@@ -28,18 +29,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+SHARED_BYTES = 256 * 2**20
+"""Most bytes of drawn weights that are kept for later adapters."""
+
+
 class AdapterTemplates:
     """Creates fresh adapters on copies of a model without weights, as `add_adapter` does."""
 
-    def __init__(self, create_skeleton: "Callable[[], PreTrainedModel]") -> None:
+    def __init__(
+        self,
+        create_skeleton: "Callable[[], PreTrainedModel]",
+        shares_weights: bool = False,
+    ) -> None:
         """Create no template yet.
 
         Args:
             create_skeleton: Returns a new model whose frozen weights may be shared.
+            shares_weights: Whether adapters that begin with the same weights share their memory, so
+                that they are drawn once for all trials of a study. Nobody may change it: slots on a
+                GPU copy it there.
         """
         self._create_skeleton = create_skeleton
+        self._shares_weights = shares_weights
         self._templates: dict[object, _Template | None] = {}
         """By what a template's adapters have in common; None: it can't be copied."""
+        self._drawn: dict[object, torch.Tensor] = {}
+        """Drawn weights that are shared, by all that they depend on, the oldest first."""
 
     def create(self, lora: LoraSettings, seed: int) -> "PeftModel":
         """Create an adapter.
@@ -51,10 +66,35 @@ class AdapterTemplates:
         template = self._template(lora) if _is_plain(lora) else None
         if template is None:
             return add_adapter(self._create_skeleton(), lora, seed)
-        return template.create(lora, seed)
+        model, layers = template.copy(lora)
+        key = _template_key(lora), lora.r, seed
+        # A trained adapter will be loaded into the memory.
+        may_share = self._shares_weights and lora.adapter is None
+        weights = self._drawn.get(key) if may_share else None
+        if weights is not None:
+            _use_weights(layers, lora.r, weights)
+            return model
+        size = sum(_sizes(layers, lora.r))
+        may_share = may_share and 4 * size <= SHARED_BYTES
+        # Pinned memory can be copied to a GPU while the host goes on.
+        is_pinned = may_share and on_gpu()
+        weights = torch.empty(size, dtype=torch.float32, pin_memory=is_pinned)
+        _use_weights(layers, lora.r, weights)
+        with seeded(seed):
+            for layer in layers:
+                _draw(layer, lora)
+            if may_share:
+                self._share(key, weights)
+        return model
+
+    def _share(self, key: object, weights: torch.Tensor) -> None:
+        """Keep weights for later adapters, in place of the oldest ones where they are too many."""
+        self._drawn[key] = weights
+        while sum(each.nbytes for each in self._drawn.values()) > SHARED_BYTES:
+            del self._drawn[next(iter(self._drawn))]
 
     def _template(self, lora: LoraSettings) -> "_Template | None":
-        key = repr(lora.target_modules), lora.use_rslora, lora.init_lora_weights
+        key = _template_key(lora)
         if key not in self._templates:
             self._templates[key] = self._make_template(lora)
         return self._templates[key]
@@ -71,7 +111,7 @@ class AdapterTemplates:
             return None
         try:
             template = _Template(model, layers)
-            template.create(lora, seed=0)
+            template.copy(smallest)
         # A base's code may have given its modules what can't be pickled: whatever it raises.
         except Exception as error:
             log.debug("adapters are not copied: %s", summary_line(error))
@@ -79,8 +119,13 @@ class AdapterTemplates:
         return template
 
 
+def _template_key(lora: LoraSettings) -> object:
+    """Return what adapters of a template have in common."""
+    return repr(lora.target_modules), lora.use_rslora, lora.init_lora_weights
+
+
 def _is_plain(lora: LoraSettings) -> bool:
-    """Whether adapters of the same layers differ only in what `_Template.create` sets."""
+    """Whether adapters of the same layers differ only in what a copy is given."""
     return (
         lora.init_lora_weights in (True, False, "gaussian")
         and lora.bias == "none"
@@ -108,8 +153,8 @@ class _Template:
         self._pickled = stream.getvalue()
         self._tensors = pickler.tensors
 
-    def create(self, lora: LoraSettings, seed: int) -> "PeftModel":
-        """Copy the model, and draw its adapter in PEFT's order: layer by layer."""
+    def copy(self, lora: LoraSettings) -> "tuple[PeftModel, list[LoraLayer]]":
+        """Copy the model and give it the settings of an adapter; its weights are another's."""
         unpickler = _TensorUnpickler(io.BytesIO(self._pickled))
         unpickler.tensors = self._tensors
         model: PeftModel
@@ -120,14 +165,13 @@ class _Template:
         config.r = settings.r
         config.lora_alpha = settings.lora_alpha
         config.lora_dropout = settings.lora_dropout
-        with seeded(seed):
-            for layer in layers:
-                _initialise(layer, settings)
-        return model
+        for layer in layers:
+            _configure(layer, settings)
+        return model, layers
 
 
-def _initialise(layer: "LoraLayer", config: "LoraConfig") -> None:
-    """Give a layer a fresh adapter, as PEFT's `update_layer` does."""
+def _configure(layer: "LoraLayer", config: "LoraConfig") -> None:
+    """Give a layer the settings of an adapter, as PEFT's `update_layer` does."""
     dropout = config.lora_dropout
     layer.r["default"] = config.r
     layer.lora_alpha["default"] = config.lora_alpha
@@ -135,12 +179,33 @@ def _initialise(layer: "LoraLayer", config: "LoraConfig") -> None:
     layer.lora_dropout["default"] = (
         torch.nn.Dropout(dropout) if dropout else torch.nn.Identity()
     )
+    layer.lora_A["default"].out_features = config.r
+    layer.lora_B["default"].in_features = config.r
+
+
+def _sizes(layers: "list[LoraLayer]", rank: int) -> list[int]:
+    """Return the numbers of weights of A and B of each layer."""
+    sizes = []
+    for layer in layers:
+        sizes += [rank * layer.in_features, layer.out_features * rank]
+    return sizes
+
+
+def _use_weights(layers: "list[LoraLayer]", rank: int, weights: torch.Tensor) -> None:
+    """Make the weights of layers views of one vector, which a slot then has at once."""
+    pieces = iter(torch.split(weights, _sizes(layers, rank)))
+    for layer in layers:
+        a, b = next(pieces).view(rank, -1), next(pieces).view(-1, rank)
+        layer.lora_A["default"].weight = torch.nn.Parameter(a)
+        layer.lora_B["default"].weight = torch.nn.Parameter(b)
+
+
+def _draw(layer: "LoraLayer", lora: LoraSettings) -> None:
+    """Draw a layer's weights as PEFT does, in place."""
     # Both are drawn, and then drawn again or set to zero: the same seed gives PEFT's weights.
-    a = torch.nn.Linear(layer.in_features, config.r, bias=False)
-    b = torch.nn.Linear(config.r, layer.out_features, bias=False)
-    layer.lora_A["default"] = a
-    layer.lora_B["default"] = b
-    layer.reset_lora_parameters("default", config.init_lora_weights)
+    layer.lora_A["default"].reset_parameters()
+    layer.lora_B["default"].reset_parameters()
+    layer.reset_lora_parameters("default", lora.init_lora_weights)
 
 
 class _TensorPickler(pickle.Pickler):

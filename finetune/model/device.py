@@ -147,13 +147,18 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+MOST_PINNED = 256 * 2**20
+"""Bytes of the largest tensor that is copied to pinned memory, which PyTorch keeps for later."""
+
+
 class HostCopy:
     """A copy of a tensor in host memory; work that a GPU is given later does not delay it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         """Queue the copy behind the work that computes the tensor."""
-        # From a GPU into pinned memory, which PyTorch allocates for it.
-        self._copy = tensor.to("cpu", non_blocking=True)
+        # From a GPU into pinned memory, which PyTorch allocates for it. For the copy of a larger
+        # tensor the host waits here.
+        self._copy = tensor.to("cpu", non_blocking=tensor.nbytes <= MOST_PINNED)
         self._event = record_event(tensor.device)
 
     def read(self) -> torch.Tensor:

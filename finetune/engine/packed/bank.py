@@ -70,7 +70,7 @@ class Bank:
         self.shares_prefixes = not recurrent_layers(base)
         """Whether a common prefix of a batch's rows is computed once. The state of a recurrent
         layer runs through one sequence, so no two rows go on from a prefix."""
-        self.adapters = FreshAdapters(base)
+        self.adapters = FreshAdapters(base, shares_weights=self.is_asynchronous)
         """Creates the adapters of slots."""
         self.backends = Backends(base, config, devices, backend, borrows_blocks)
         """Compute the base with the adapters of slots."""

@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 class FreshAdapters:
     """Creates the adapters of the runs on a base."""
 
-    def __init__(self, base: "PreTrainedModel") -> None:
+    def __init__(self, base: "PreTrainedModel", shares_weights: bool) -> None:
         """Create no adapter yet.
 
         Args:
             base: The base, before it is prepared for passes.
+            shares_weights: See `AdapterTemplates`.
         """
         self._base = base
         # A copy, because a pass changes the base's own config while it lasts.
         self._base_config = copy.deepcopy(base.config)
-        self._templates = AdapterTemplates(self._skeleton)
+        self._templates = AdapterTemplates(self._skeleton, shares_weights)
 
     def create(self, lora: LoraSettings, seed: int) -> "PeftModel":
         """Initialise an adapter exactly as PEFT does on the real base.

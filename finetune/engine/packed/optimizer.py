@@ -125,14 +125,19 @@ class SlotOptimizer:
             parameter.grad = gradient[offset:stop].view(parameter.shape)
             offset = stop
 
-    def save(self, checkpoint: Path) -> None:
-        """Write the weights and the state into a checkpoint folder."""
+    def save(self, checkpoint: Path, event: "torch.cuda.Event | None") -> None:
+        """Write the weights and the state into a checkpoint folder.
+
+        Args:
+            checkpoint: The folder.
+            event: Recorded after the last update; None on a CPU.
+        """
         checkpoint.mkdir(parents=True, exist_ok=True)
         tensors = {"weights": self._slot.vector}
         if self._loss_scale is not None:
             state = [self._loss_scale.value, self._loss_scale.good_steps]
             tensors["loss_scale"] = torch.tensor(state)
-        save_state(self._optimizer, tensors, checkpoint / STATE)
+        save_state(self._optimizer, tensors, checkpoint / STATE, event)
 
     def load(self, checkpoint: Path) -> None:
         """Read the weights and the state from a checkpoint folder."""

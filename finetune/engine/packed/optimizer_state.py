@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from finetune.files.atomic import name_file_in_errors
+from finetune.model.device import HostCopy, copy_stream_after
 
 NUMBERS = "numbers"
 """The metadata's key of a state's values that are no tensors, as JSON."""
@@ -19,14 +20,21 @@ ON_HOST = "on_host"
 
 
 def save_state(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], path: Path
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+    event: "torch.cuda.Event | None",
 ) -> None:
     """Write an optimizer's state into a safetensors file.
+
+    It is copied to the host first, which waits only for the GPU work that was queued before the
+    event.
 
     Args:
         optimizer: Its parameters are named by their position, a single one by nothing.
         tensors: Further tensors of the file.
         path: The file.
+        event: Recorded after the last update; None on a CPU.
     """
     contents = dict(tensors)
     numbers: dict[str, Any] = {}
@@ -37,10 +45,14 @@ def save_state(
             if not isinstance(value, torch.Tensor):
                 numbers[key] = value
                 continue
-            # A copy: bitsandbytes shares its table of 8-bit values between parameters.
-            contents[key] = torch.empty_like(value, device="cpu").copy_(value)
+            contents[key] = value
             if value.device.type == "cpu":
+                # bitsandbytes shares its table of 8-bit values between parameters.
+                contents[key] = value.clone()
                 on_host.append(key)
+    with copy_stream_after(event):
+        copies = {key: HostCopy(value) for key, value in contents.items()}
+    contents = {key: copy.read() for key, copy in copies.items()}
     metadata = {NUMBERS: json.dumps(numbers), ON_HOST: json.dumps(on_host)}
     with name_file_in_errors(path):
         save_file(contents, path, metadata)

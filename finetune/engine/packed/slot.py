@@ -2,16 +2,18 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from finetune.compat import views_like
 from finetune.config.sections.lora import LoraSettings
 from finetune.engine.packed.lora_linear import Adapter
 from finetune.engine.packed.slot_sections import Section, make_sections
 from finetune.engine.steps import Executor
-from finetune.model.device import copy_stream_after, to_device
+from finetune.model.device import HostCopy, copy_stream_after, to_device
+from finetune.model.flat_weights import flatten_weights, separate_views
 from finetune.model.layer_devices import layer_device
 
 if TYPE_CHECKING:
@@ -67,22 +69,22 @@ class Slot:
         self.seed = seed
         self.model = model
         layers = _lora_layers(model)
-        self.parameters = [
-            parameter
-            for layer in layers.values()
-            for parameter in _trained_parameters(layer)
-        ]
+        self.parameters: list[torch.nn.Parameter] = []
         """The model's trained weights, layer by layer; views of `vector`."""
-        self._slices = _consecutive_slices(self.parameters)
-        # One vector: the norm of the gradient, the update and a copy to the host are one operation
-        # each, however many layers there are.
-        flat_parameters = [parameter.data.flatten() for parameter in self.parameters]
-        # On the host, unless another slot has been made of the model.
-        weights = torch.cat(flat_parameters).cpu()
+        devices = []
+        for name, layer in layers.items():
+            trained = _trained_parameters(layer)
+            self.parameters += trained
+            devices += [device or layer_device(bank.base, name)] * len(trained)
         self.is_on_one_device = device is not None
         """Whether one device computes all layers for the slot, wherever their weights are."""
         self.device = device or bank.device
         """Has the vector, and so the optimizer's state."""
+        # One vector: the norm of the gradient, the update and a copy to the host are one operation
+        # each, however many layers there are.
+        weights = flatten_weights(self.parameters)
+        if self.device.type == "cpu":
+            weights = weights.clone()  # others may begin with the same
         self.vector = to_device(weights, self.device)
         """All adapter weights [parameters], float32."""
         self.gradient = torch.zeros_like(self.vector)
@@ -91,20 +93,22 @@ class Slot:
             self.vector,
             self.gradient,
             bank.dtype,
-            devices=[device or layer_device(bank.base, name) for name in layers],
-            sizes=[_size(layer) for layer in layers.values()],
+            parameters=self.parameters,
+            devices=devices,
             slot_device=self.device,
         )
+        self._views = views_like(self.vector, self.parameters)
+        """Of `vector`, in the shape of each parameter."""
         self.adapters = self._adapter_views(layers)
         """The adapters by the name of their layer."""
         self.kernel_table: SlotTable | None = None
         """The adapters' addresses for the GPU kernels; set by `Decoder.attach`."""
-        self._bind_model(self.vector)
+        self._bind_model(self._views)
 
     def _adapter_views(self, layers: dict[str, "LoraLayer"]) -> dict[str, Adapter]:
         # In the order of `parameters`.
         weights = self._section_views(lambda section: section.weights)
-        exact_weights = iter(self._views(self.vector))
+        exact_weights = iter(self._views)
         gradients = self._section_views(lambda section: section.gradient)
         adapters = {}
         for number, (name, layer) in enumerate(layers.items()):
@@ -133,30 +137,17 @@ class Slot:
             adapters[name] = adapter
         return adapters
 
-    def _views(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """A view of the vector for each of the model's parameters, in its shape."""
-        views = []
-        for parameter, section in zip(self.parameters, self._slices, strict=True):
-            views.append(vector[section].view(parameter.shape))
-        return views
-
     def _section_views(
         self, tensor: Callable[[Section], torch.Tensor]
     ) -> Iterator[torch.Tensor]:
-        """As `_views`, of a tensor of the section that each parameter is in."""
-        sections = iter(self._sections)
-        section = next(sections)
-        for parameter, place in zip(self.parameters, self._slices, strict=True):
-            if place.start >= section.span.stop:
-                section = next(sections)
-            first = place.start - section.span.start
-            values = tensor(section)[first : first + parameter.numel()]
-            yield values.view(parameter.shape)
+        """Views of a tensor of each section, in the shape of each parameter."""
+        for section in self._sections:
+            yield from views_like(tensor(section), section.parameters)
 
-    def _bind_model(self, vector: torch.Tensor) -> None:
-        """Make the model's weights views of a vector."""
-        for parameter, view in zip(self.parameters, self._views(vector), strict=True):
-            parameter.data = view
+    def _bind_model(self, weights: Sequence[torch.Tensor]) -> None:
+        """Give each of the model's parameters its weights."""
+        for parameter, values in zip(self.parameters, weights, strict=True):
+            parameter.data = values
 
     @property
     def is_beyond_lora(self) -> bool:
@@ -177,13 +168,12 @@ class Slot:
             event: Recorded after the last update of the weights; None on a CPU.
         """
         with copy_stream_after(event):
-            # Blocks the host until the copy is complete, so the stream need not be waited for.
-            weights = self.vector.cpu()
-        self._bind_model(weights)
+            copy = HostCopy(self.vector)
+        self._bind_model(separate_views(copy.read(), self.parameters))
         try:
             yield
         finally:
-            self._bind_model(self.vector)
+            self._bind_model(self._views)
 
     def refresh_weights(self) -> None:
         """Copy the weights to where products read them, in the dtype of products."""
@@ -224,22 +214,7 @@ def _trained_parameters(layer: "LoraLayer") -> list[torch.nn.Parameter]:
     return parameters
 
 
-def _size(layer: "LoraLayer") -> int:
-    """Trained weights of a layer."""
-    return sum(parameter.numel() for parameter in _trained_parameters(layer))
-
-
 def _trained_bias(layer: "LoraLayer") -> torch.nn.Parameter | None:
     """The bias of an adapted layer, if it is trained (`lora.bias=lora_only`)."""
     bias: torch.nn.Parameter | None = getattr(layer.get_base_layer(), "bias", None)
     return bias if bias is not None and bias.requires_grad else None
-
-
-def _consecutive_slices(parameters: list[torch.nn.Parameter]) -> list[slice]:
-    """Where each parameter is in a flat vector of all of them."""
-    slices = []
-    offset = 0
-    for parameter in parameters:
-        slices.append(slice(offset, offset + parameter.numel()))
-        offset += parameter.numel()
-    return slices

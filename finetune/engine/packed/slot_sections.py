@@ -17,6 +17,8 @@ class Section:
 
     span: slice
     """Where they are in the slot's vector."""
+    parameters: Sequence[torch.Tensor]
+    """The model's parameters that are there."""
     weights: torch.Tensor
     """As products read them [parameters]; a view of the vector where it can be."""
     gradient: torch.Tensor
@@ -31,8 +33,8 @@ def make_sections(
     vector: torch.Tensor,
     gradient: torch.Tensor,
     dtype: torch.dtype,
+    parameters: Sequence[torch.Tensor],
     devices: Sequence[torch.device],
-    sizes: Sequence[int],
     slot_device: torch.device,
 ) -> list[Section]:
     """Divide a slot's vector into sections.
@@ -41,15 +43,16 @@ def make_sections(
         vector: All weights, float32 [parameters].
         gradient: Their gradient, float32 [parameters].
         dtype: Of products.
-        devices: Of each layer, in the order of the vector.
-        sizes: Weights of each layer.
+        parameters: The model's parameters, in the order of the vector.
+        devices: Of the layer of each.
         slot_device: Of the vector.
     """
     sections = []
     start = 0
-    layers = zip(devices, sizes, strict=True)
-    for device, group in itertools.groupby(layers, key=lambda layer: layer[0]):
-        stop = start + sum(size for _, size in group)
+    placed = zip(devices, parameters, strict=True)
+    for device, group in itertools.groupby(placed, key=lambda pair: pair[0]):
+        there = [parameter for _, parameter in group]
+        stop = start + sum(parameter.numel() for parameter in there)
         span = slice(start, stop)
         is_elsewhere = device != slot_device
         weights = vector[span]
@@ -59,7 +62,10 @@ def make_sections(
             weights = torch.empty_like(weights, dtype=dtype, device=device)
         if is_elsewhere:
             section_gradient = torch.zeros_like(section_gradient, device=device)
-        section = Section(span, weights, section_gradient, copies_weights, is_elsewhere)
-        sections.append(section)
+        sections.append(
+            Section(
+                span, there, weights, section_gradient, copies_weights, is_elsewhere
+            )
+        )
         start = stop
     return sections

@@ -167,7 +167,7 @@ class PackedTraining:
                 # An interrupted run is resumed after this very step.
                 if is_due or progress.stop == "interrupted":
                     path = folder.checkpoints / f"checkpoint-{number}"
-                    self._optimizer.save(path)
+                    self._optimizer.save(path, self._weights_event)
                     reporter.complete_checkpoint(path, checkpoint_limit)
 
     def evaluate(

@@ -106,6 +106,64 @@ def test_slots_share_no_weights(tiny: Tiny) -> None:
     assert not addresses & {weight.data_ptr() for weight in second}
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_adapters_with_shared_weights_are_pefts_too(name: str, tiny: Tiny) -> None:
+    from finetune.model.adapter import add_adapter
+    from finetune.model.adapter_templates import AdapterTemplates
+
+    bank = make_bank("Llama", tiny)
+    templates = AdapterTemplates(bank.adapters._skeleton, shares_weights=True)
+    lora = tiny(*SETTINGS[name]).lora
+    larger = tiny(*SETTINGS[name], "lora.r=7").lora
+    for settings, seed in ((lora, 0), (larger, 0), (lora, 7), (lora, 0), (larger, 0)):
+        expected = add_adapter(bank.adapters._skeleton(), settings, seed)
+        require_same(templates.create(settings, seed), expected)
+
+
+def test_weights_are_drawn_once_for_a_rank_and_a_seed(
+    tiny: Tiny, monkeypatch: Any
+) -> None:
+    from finetune.model import adapter_templates
+
+    bank = make_bank("Llama", tiny)
+    templates = adapter_templates.AdapterTemplates(
+        bank.adapters._skeleton, shares_weights=True
+    )
+
+    def address(*overrides: str, seed: int = 0) -> int:
+        model = templates.create(tiny("lora.r=4", *overrides).lora, seed)
+        return min(w.data_ptr() for w in model.parameters() if w.requires_grad)
+
+    first = address()
+    assert address("lora.alpha=3", "lora.dropout=0.1") == first
+    others = {address("lora.r=5"), address(seed=1), address("lora.adapter=folder")}
+    assert first not in others
+    assert address() == first
+    (size,) = {w.nbytes for key, w in templates._drawn.items() if key[1] == 4}  # type: ignore[index]
+    monkeypatch.setattr(adapter_templates, "SHARED_BYTES", 2 * size)
+    address(seed=2)
+    assert [(key[1], key[2]) for key in templates._drawn] == [(4, 1), (4, 2)]  # type: ignore[index]
+    monkeypatch.setattr(adapter_templates, "SHARED_BYTES", size - 1)
+    address(seed=3)
+    assert len(templates._drawn) == 2
+
+
+def test_a_slot_copies_shared_weights(tiny: Tiny) -> None:
+    import torch
+
+    from finetune.model.adapter_templates import AdapterTemplates
+
+    bank = make_bank("Llama", tiny)
+    bank.adapters._templates = AdapterTemplates(
+        bank.adapters._skeleton, shares_weights=True
+    )
+    lora = tiny().lora
+    slot = bank.slots.create(lora, 0)
+    begun = slot.vector.clone()
+    slot.vector.add_(1)
+    assert torch.equal(bank.slots.create(lora, 0).vector, begun)
+
+
 class Wrapper:
     """Passes on what it has not: while it is unpickled, that is everything."""
 

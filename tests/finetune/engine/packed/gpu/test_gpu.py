@@ -296,6 +296,68 @@ def test_the_host_works_while_the_gpu_computes(tiny: Tiny) -> None:
     assert all(weight.device.type == "cuda" for weight in trained)
 
 
+def test_a_checkpoint_is_written_while_the_gpu_computes(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Its copies wait for the slot's last update, not for what others have queued since."""
+    import torch
+    from safetensors.torch import load_file
+
+    from finetune.engine.packed.optimizer import STATE, SlotOptimizer
+    from finetune.model.device import record_event
+
+    config = tiny("lora.r=16")
+    bank = SharedResources().bank(config)
+    slot = bank.slots.create(config.lora, 0)
+    optimizer = SlotOptimizer(config, slot, 10)
+    slot.gradient.fill_(1e-3)
+    optimizer.update(slot.gradient, slot.gradient.norm().double(), 1e-3)
+    folders = tmp_path / "first", tmp_path / "second"
+    # A stream, memory to copy by: what comes first waits for the GPU.
+    optimizer.save(folders[0], record_event(slot.device))
+    torch.cuda._sleep(1_000_000_000)  # cycles: half a second or more
+    slot.vector.fill_(7)
+    mark = record_event(slot.device)
+    torch.cuda._sleep(8_000_000_000)
+    optimizer.save(folders[1], mark)
+    assert not torch.cuda.current_stream().query(), "waits for others' work"
+    first, second = (load_file(folder / STATE) for folder in folders)
+    assert bool((second["weights"] == 7).all()), "does not wait for its own work"
+    assert not bool((first["weights"] == 7).any())
+    assert torch.equal(first["exp_avg"], second["exp_avg"])
+    assert torch.equal(first["exp_avg"], optimizer_state(optimizer, "exp_avg"))
+
+
+def optimizer_state(optimizer: Any, name: str) -> Any:
+    (state,) = optimizer._optimizer.state.values()
+    return state[name].cpu()
+
+
+def test_slots_of_the_same_seed_copy_the_same_pinned_weights(tiny: Tiny) -> None:
+    import torch
+
+    from finetune.model.adapter import add_adapter
+
+    config = tiny("lora.r=16")
+    bank = SharedResources().bank(config)
+    models = [bank.adapters.create(config.lora, 0) for _ in range(2)]
+    first, second = (
+        [weight for weight in model.parameters() if weight.requires_grad]
+        for model in models
+    )
+    assert all(weight.is_pinned() for weight in first)
+    assert first[0].data_ptr() == second[0].data_ptr()
+    slots = [bank.slots.create(config.lora, 0, model) for model in models]
+    alone = add_adapter(bank.adapters._skeleton(), config.lora, 0)
+    weights = [weight for weight in alone.parameters() if weight.requires_grad]
+    expected = torch.cat([weight.detach().flatten() for weight in weights])
+    slots[0].vector.add_(1)
+    slots.append(bank.slots.create(config.lora, 0))
+    for slot in slots[1:]:
+        assert torch.equal(slot.vector.cpu(), expected)
+    assert torch.equal(slots[0].vector.cpu(), expected + 1)
+
+
 def test_packed_is_alone_as_closely_as_alone_is_itself_in_batches_of_another_shape(
     tiny: Tiny, tmp_path: Path
 ) -> None:
