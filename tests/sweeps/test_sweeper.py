@@ -1,6 +1,8 @@
 """The sweeper as Hydra finds it, and the baseline of a searched limit."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +12,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 from optuna.trial import BaseTrial
-from support.configs import compose
+from support.configs import compose, study_overrides
 from support.studies import sweeper_config
 
 from finetune.app import compose_sweep
@@ -170,3 +172,23 @@ def test_short_forms_of_a_study_mean_its_keys() -> None:
     overrides = ["hydra/sweeper=optuna", "study=s1", "n_trials=20"]
     _, sweeper = compose_sweep(overrides, multirun=True)
     assert (sweeper["study_name"], sweeper["n_trials"]) == ("s1", 20)
+
+
+@pytest.mark.slow
+def test_a_study_imports_no_compiler_of_torch(tiny_base: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+from finetune.__main__ import main
+
+try:
+    main()
+finally:
+    assert "bitsandbytes" in sys.modules
+    assert "torch._inductor.compile_fx" not in sys.modules
+"""
+    words = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1"]
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
