@@ -47,8 +47,8 @@ class AdapterTemplates:
         Args:
             create_skeleton: Returns a new model whose frozen weights may be shared.
             shares_weights: Whether adapters that begin with the same weights share their memory, so
-                that they are drawn once for all trials of a study. Nobody may change it: slots on a
-                GPU copy it there.
+                that they are drawn once for all trials of a study. These weights may not be changed
+                in place: a slot on a GPU trains a copy.
         """
         self._create_skeleton = create_skeleton
         self._shares_weights = shares_weights
@@ -70,7 +70,7 @@ class AdapterTemplates:
         model, layers = template.copy(lora)
         key = _template_key(lora), lora.r, seed
         weights = self._drawn.get(key)
-        # An adapter that a run goes on from is loaded into the memory.
+        # An adapter that a run goes on from would be loaded over the shared weights.
         if weights is not None and lora.adapter is None:
             _use_weights(layers, lora.r, weights)
         else:
@@ -94,7 +94,7 @@ class AdapterTemplates:
         with seeded(seed):
             for layer in layers:
                 _draw_layer(layer, lora)
-            # No other thread is here meanwhile.
+            # Under the lock of `seeded`: no other thread adds or removes any meanwhile.
             if is_shared:
                 self._keep(key, weights)
 
@@ -165,7 +165,7 @@ class _Template:
         self._tensors = pickler.tensors
 
     def copy(self, lora: LoraSettings) -> "tuple[PeftModel, list[LoraLayer]]":
-        """Copy the model and give it the settings of an adapter; its weights are another's."""
+        """Copy the model and give it the settings of an adapter, with the template's weights."""
         unpickler = _TensorUnpickler(io.BytesIO(self._pickled))
         unpickler.tensors = self._tensors
         model: PeftModel

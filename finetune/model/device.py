@@ -148,17 +148,25 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 MOST_PINNED = 256 * 2**20
-"""Bytes of the largest tensor that is copied to pinned memory, which PyTorch keeps for later."""
+"""Most bytes that are copied to pinned memory at once. PyTorch keeps that memory for later."""
 
 
 class HostCopy:
-    """A copy of a tensor in host memory; work that a GPU is given later does not delay it."""
+    """A tensor of a GPU in host memory; work that the GPU is given later does not delay it.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        """Queue the copy behind the work that computes the tensor."""
-        # From a GPU into pinned memory, which PyTorch allocates for it. For the copy of a larger
-        # tensor the host waits here.
-        self._copy = tensor.to("cpu", non_blocking=tensor.nbytes <= MOST_PINNED)
+    Of a tensor in host memory it is the tensor itself.
+    """
+
+    def __init__(self, tensor: torch.Tensor, total_bytes: int | None = None) -> None:
+        """Queue the copy behind the work that computes the tensor.
+
+        Args:
+            tensor: What is copied.
+            total_bytes: Of all tensors that are copied at once; None: of this one.
+        """
+        # Into pinned memory, which PyTorch allocates for it. For larger copies the host waits here.
+        is_pinned = (total_bytes or tensor.nbytes) <= MOST_PINNED
+        self._copy = tensor.to("cpu", non_blocking=is_pinned)
         self._event = record_event(tensor.device)
 
     def read(self) -> torch.Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from finetune.files.lock import file_lock
 from sweeps.study.session import Session
+from sweeps.study.sweeper_process import SweeperProcess
 
 POLL_SECONDS = 1.0
 """Seconds between two attempts to take a place."""
@@ -49,7 +50,12 @@ def has_begun(session: Session) -> bool:
 
 def remove_free_places(session: Session) -> None:
     """Remove the lock files of workers that have ended, also of this host's killed sessions."""
-    for path in session.folder.glob(f".worker-{session.sweeper.host}-*.lock"):
+    prefix = f".worker-{session.sweeper.host}-"
+    for path in session.folder.glob(f"{prefix}*.lock"):
+        pid = int(path.name.removeprefix(prefix).partition("-")[0])
+        # Another session that lives tells by its files whether its workers have begun.
+        if pid != session.sweeper.pid and not SweeperProcess(pid).is_dead:
+            continue
         # Under the lock, as a file that another worker has just opened is not the same later. On a
         # full disk it stays, and what has ended the session is the error.
         with contextlib.suppress(OSError), file_lock(path, wait=False):

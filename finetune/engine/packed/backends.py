@@ -1,6 +1,6 @@
 """The backends of a base: one that trains and evaluates, and autograd, which replaces a wrong one.
 
-It also lets the base's own modules generate text.
+Autograd also lets the base's own modules generate text.
 """
 
 from typing import TYPE_CHECKING

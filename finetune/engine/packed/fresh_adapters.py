@@ -23,7 +23,7 @@ class FreshAdapters:
         """Create no adapter yet.
 
         Args:
-            base: The base, before it is prepared for passes.
+            base: The base, before a pass has changed its config.
             shares_weights: See `AdapterTemplates`.
         """
         self._base = base

@@ -50,8 +50,9 @@ def save_state(
                 # bitsandbytes shares its table of 8-bit values between parameters.
                 contents[key] = value.clone()
                 on_host.append(key)
+    total = sum(value.nbytes for value in contents.values())
     with copy_stream_after(event):
-        copies = {key: HostCopy(value) for key, value in contents.items()}
+        copies = {key: HostCopy(value, total) for key, value in contents.items()}
     contents = {key: copy.read() for key, copy in copies.items()}
     metadata = {NUMBERS: json.dumps(numbers), ON_HOST: json.dumps(on_host)}
     with name_file_in_errors(path):

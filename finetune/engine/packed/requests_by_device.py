@@ -13,10 +13,10 @@ _Request = TypeVar("_Request", bound=PackedRequest)
 
 def by_device(requests: Sequence[_Request]) -> dict[torch.device, list[_Request]]:
     """Return the requests of the slots on each device."""
-    of_device: dict[torch.device, list[_Request]] = {}
+    grouped: dict[torch.device, list[_Request]] = {}
     for request in requests:
-        of_device.setdefault(request.slot.device, []).append(request)
-    return of_device
+        grouped.setdefault(request.slot.device, []).append(request)
+    return grouped
 
 
 def alternating(requests: Sequence[PackedRequest]) -> list[PackedRequest]:

@@ -82,11 +82,11 @@ class Slot:
         """Has the vector, and so the optimizer's state."""
         # One vector: the norm of the gradient, the update and a copy to the host are one operation
         # each, however many layers there are.
-        weights = flatten_weights(self.parameters)
-        if self.device.type == "cpu":
-            weights = weights.clone()  # others may begin with the same
-        self.vector = to_device(weights, self.device)
+        self.vector = to_device(flatten_weights(self.parameters), self.device)
         """All adapter weights [parameters], float32."""
+        if self.vector.data_ptr() == self.parameters[0].data_ptr():
+            # Other slots may begin with the same memory.
+            self.vector = self.vector.clone()
         self.gradient = torch.zeros_like(self.vector)
         """Gradient of the last batch [parameters], float32."""
         self._sections = make_sections(

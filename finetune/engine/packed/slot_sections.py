@@ -18,7 +18,7 @@ class Section:
     span: slice
     """Where they are in the slot's vector."""
     parameters: Sequence[torch.Tensor]
-    """The model's parameters that are there."""
+    """The model's parameters in this section."""
     weights: torch.Tensor
     """As products read them [parameters]; a view of the vector where it can be."""
     gradient: torch.Tensor
@@ -49,10 +49,10 @@ def make_sections(
     """
     sections = []
     start = 0
-    placed = zip(devices, parameters, strict=True)
-    for device, group in itertools.groupby(placed, key=lambda pair: pair[0]):
-        there = [parameter for _, parameter in group]
-        stop = start + sum(parameter.numel() for parameter in there)
+    pairs = zip(devices, parameters, strict=True)
+    for device, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        section_parameters = [parameter for _, parameter in group]
+        stop = start + sum(parameter.numel() for parameter in section_parameters)
         span = slice(start, stop)
         is_elsewhere = device != slot_device
         weights = vector[span]
@@ -62,10 +62,14 @@ def make_sections(
             weights = torch.empty_like(weights, dtype=dtype, device=device)
         if is_elsewhere:
             section_gradient = torch.zeros_like(section_gradient, device=device)
-        sections.append(
-            Section(
-                span, there, weights, section_gradient, copies_weights, is_elsewhere
-            )
+        section = Section(
+            span=span,
+            parameters=section_parameters,
+            weights=weights,
+            gradient=section_gradient,
+            copies_weights=copies_weights,
+            copies_gradient=is_elsewhere,
         )
+        sections.append(section)
         start = stop
     return sections

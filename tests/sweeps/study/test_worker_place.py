@@ -1,6 +1,7 @@
 """The places of a session's workers, one for each GPU: a new worker waits for the one before."""
 
 import contextlib
+import os
 import pickle
 import socket
 import threading
@@ -14,6 +15,9 @@ from sweeps.study import worker_place as module
 from sweeps.study.session import Session
 from sweeps.study.sweeper_process import SweeperProcess
 from sweeps.study.worker_place import has_begun, remove_free_places, worker_place
+
+NO_PROCESS = 2**22 + 1
+"""Linux has no larger process number than 2**22."""
 
 
 def session_of(folder: Path, pid: int = 1, is_orphaned: bool = False) -> Any:
@@ -61,7 +65,7 @@ def test_workers_on_other_hosts_share_the_session_s_files(
 
 
 def test_places_whose_workers_have_ended_leave_no_file(tmp_path: Path) -> None:
-    session, killed = session_of(tmp_path), session_of(tmp_path, 2)
+    session, killed = session_of(tmp_path), session_of(tmp_path, NO_PROCESS)
     assert not has_begun(session)
     for ended in (session, killed):
         with worker_place(ended, 1):
@@ -74,6 +78,14 @@ def test_places_whose_workers_have_ended_leave_no_file(tmp_path: Path) -> None:
         assert left.name.endswith("-1-0.lock")
     remove_free_places(session)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_session_leaves_the_places_of_one_that_lives(tmp_path: Path) -> None:
+    other = session_of(tmp_path, os.getppid())
+    with worker_place(other, 0):
+        pass
+    remove_free_places(session_of(tmp_path))
+    assert has_begun(other)
 
 
 def test_a_worker_whose_command_was_killed_removes_its_place(tmp_path: Path) -> None:

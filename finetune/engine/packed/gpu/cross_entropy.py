@@ -8,14 +8,14 @@ from finetune.engine.packed.gpu.element_access import store_rounded
 from finetune.engine.packed.gpu.launch import launch
 
 WIDTH = 8
-"""Neighbouring logits of a lane: a thread reads them at once."""
+"""Neighbouring logits of a lane. With a large vocabulary one thread has them all."""
 
 MAX_LANES = 2048
 """Most lanes of a program."""
 
 WARPS = 32
 """Of a program. With more programs on a multiprocessor, the logits would be out of its cache when
-they are read again: on an H200 24 % faster than 8 warps with 4,096 logits at once."""
+they are read again: 205 microseconds for 1,024 tokens of 128,256 logits on an H200, 216 with 8."""
 
 
 def cross_entropy(
@@ -60,11 +60,13 @@ def _cross_entropy_kernel(
     token = tl.program_id(0).to(tl.int64)
     token_logits = logits + token * vocabulary
     target = tl.load(targets + token)
+    # Before the warps wait for each other: then the gradient may take the place of the logits.
+    target_logit = tl.load(token_logits + target).to(tl.float32)
     cells = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     # Online softmax (Milakov and Gimelshein, 2018): maximum and denominator in one pass. What was
-    # summed under an earlier maximum shrinks to the new one. Each lane has its own, so that threads
-    # wait for each other only once. Finite, as a lane may have no logit.
-    maxima = tl.full((LANES,), -1e30, tl.float32)
+    # summed under an earlier maximum shrinks to the new one. Each lane has its own, so that warps
+    # wait for each other only once. Finite, as a lane may have no logit: the least float32.
+    maxima = tl.full((LANES,), -3.4028234663852886e38, tl.float32)
     denominators = tl.zeros((LANES,), tl.float32)
     likeliest = tl.zeros((LANES,), tl.int32)
     for start in range(0, vocabulary, LANES * WIDTH):
@@ -80,8 +82,6 @@ def _cross_entropy_kernel(
     maximum = tl.max(maxima, 0)
     denominator = tl.sum(denominators * tl.exp(maxima - maximum), 0)
     log_sum_exp = maximum + tl.log(denominator)
-    # Read before the gradient takes the place of the logits.
-    target_logit = tl.load(token_logits + target).to(tl.float32)
     tl.store(losses + token, log_sum_exp - target_logit)
     if not WITH_GRADIENT:
         prediction = tl.min(tl.where(maxima == maximum, likeliest, vocabulary), 0)

@@ -149,3 +149,32 @@ def test_refuses_in_one_line(
         run(tiny(*SHORT, *overrides), tmp_path / "run")
     assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
+
+
+def test_a_checkpoint_counts_all_that_it_pins(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many small states are no less pinned memory than a few large ones."""
+    from safetensors.torch import load_file
+
+    from finetune.engine.packed import optimizer_state
+    from finetune.engine.packed.optimizer import STATE, SlotOptimizer
+    from finetune.model.device import HostCopy
+    from finetune.run.resources import SharedResources
+
+    config = tiny(*SHORT, *SETTINGS["adafactor"])
+    slot = SharedResources().bank(config).slots.create(config.lora, 0)
+    optimizer = SlotOptimizer(config, slot, STEPS)
+    slot.gradient.fill_(1e-3)
+    optimizer.update(slot.gradient, slot.gradient.norm().double(), 1e-3)
+    totals = []
+
+    def copy(tensor: Any, total: int) -> HostCopy:
+        totals.append(total)
+        return HostCopy(tensor, total)
+
+    monkeypatch.setattr(optimizer_state, "HostCopy", copy)
+    optimizer.save(tmp_path, None)
+    written = load_file(tmp_path / STATE).values()
+    assert len(totals) == len(written) > 10
+    assert set(totals) == {sum(tensor.nbytes for tensor in written)}
