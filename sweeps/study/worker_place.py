@@ -7,6 +7,7 @@ each worker that lives keeps its base, and no two load one into the same GPU.
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,9 +51,12 @@ def has_begun(session: Session) -> bool:
 
 def remove_free_places(session: Session) -> None:
     """Remove the lock files of workers that have ended, also of this host's killed sessions."""
-    prefix = f".worker-{session.sweeper.host}-"
-    for path in session.folder.glob(f"{prefix}*.lock"):
-        pid = int(path.name.removeprefix(prefix).partition("-")[0])
+    name = re.compile(rf"\.worker-{re.escape(session.sweeper.host)}-(\d+)-\d+\.lock")
+    for path in session.folder.glob(".worker-*.lock"):
+        match = name.fullmatch(path.name)
+        if match is None:
+            continue
+        pid = int(match[1])
         # Another session that lives tells by its files whether its workers have begun.
         if pid != session.sweeper.pid and not SweeperProcess(pid).is_dead:
             continue

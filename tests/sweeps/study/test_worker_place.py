@@ -88,6 +88,17 @@ def test_a_session_leaves_the_places_of_one_that_lives(tmp_path: Path) -> None:
     assert has_begun(other)
 
 
+def test_a_session_leaves_the_places_of_another_host(tmp_path: Path) -> None:
+    session = session_of(tmp_path)
+    # Their names begin with this one's.
+    hosts = [f"{session.sweeper.host}-{name}" for name in ("gpu", "2")]
+    files = [tmp_path / f".worker-{host}-{NO_PROCESS}-0.lock" for host in hosts]
+    for file in files:
+        file.touch()
+    remove_free_places(session)
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
 def test_a_worker_whose_command_was_killed_removes_its_place(tmp_path: Path) -> None:
     with worker_place(session_of(tmp_path, is_orphaned=True), 0):
         assert list(tmp_path.iterdir())
