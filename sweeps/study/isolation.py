@@ -24,6 +24,7 @@ from sweeps.study.starts import LOST_WORKERS, needs_isolation, start_step
 from sweeps.study.study import Study
 from sweeps.study.suggestion import open_trial
 from sweeps.study.worker import Worker
+from sweeps.study.worker_place import has_begun
 
 log = logging.getLogger(__name__)
 
@@ -57,19 +58,21 @@ def _train_alone(study: Study, session: Session, trial: FrozenTrial) -> None:
     except Interrupted:
         raise
     except Exception as error:
-        if not _has_begun(study, trial):
+        # The launcher could start no worker.
+        if not has_begun(session):
             raise
         log.warning(
             "trial %d: its process was lost (%s)", trial.number, error_line(error)
         )
     else:
         raise_worker_error(study, returns)
-    if _has_begun(study, trial):
+    # Else it was lost before its start, or an interruption has excused the losses before this one.
+    if _has_more_starts(study, trial):
         _fail_without_progress(study, session, trial.number)
 
 
-def _has_begun(study: Study, before: FrozenTrial) -> bool:
-    """Whether a trial has been started since it was read."""
+def _has_more_starts(study: Study, before: FrozenTrial) -> bool:
+    """Whether a trial has more starts than when it was read."""
     after = study.storage.get_trial(study.trial_id(before.number))
     starts = before.user_attrs.get("starts", [])
     return len(after.user_attrs.get("starts", [])) > len(starts)

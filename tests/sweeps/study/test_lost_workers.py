@@ -116,6 +116,46 @@ def test_a_trial_whose_sessions_are_killed_is_never_failed(
     assert trial.user_attrs["starts"] == [0, 0, 0, 0]
 
 
+DIES_ONCE = """
+import os
+from pathlib import Path
+import sweeps.study.trial
+record = sweeps.study.trial.record_start
+def dies_once(*arguments):
+    if {after}:
+        record(*arguments)
+    if not Path("has_died").exists():
+        Path("has_died").touch()
+        os.kill(os.getpid(), 9)
+    if not {after}:
+        record(*arguments)
+sweeps.study.trial.record_start = dies_once
+"""
+"""The first process that starts a trial dies before or after that is recorded."""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("when", ["before its start", "after an interruption"])
+def test_a_trial_goes_on_whose_own_process_was_lost_without_a_third_loss(
+    when: str, station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    study = [*study_overrides(tiny_base, "s"), "hydra.sweeper.n_trials=1"]
+    for _ in range(2):
+        ended = station.run(*study, cwd=tmp_path, before=DIES)
+        assert ended.returncode == -signal.SIGKILL
+    was_interrupted = when == "after an interruption"
+    if was_interrupted:
+        result = folder_of(tmp_path) / "trials/0/result.json"
+        write_json(result, {"status": "interrupted"})
+    code = DIES_ONCE.format(after=was_interrupted)
+    ended = station.run(*study, **in_all_processes(code, tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "has_died").exists()
+    assert "trial 0: its process was lost" in ended.stderr
+    (trial,) = trials_of(tmp_path, TrialState.COMPLETE)
+    assert trial.user_attrs["starts"] == ([0, 0] if was_interrupted else [0, 0, 0])
+
+
 def test_an_interruption_excuses_the_losses_before_it_and_none_after_it(
     tmp_path: Path,
 ) -> None:
