@@ -115,7 +115,7 @@ def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineC
         # The first config that the packed engine does not support logs the reason.
         if choose_engine(config, source) == "trl":
             return EngineChoice("trl", slots=1)
-    # Planned memory needs them all, and imports them slowly one by one.
+    # The plan would import bitsandbytes by itself, and so torch's compiler too.
     import_model_libraries()
     # Slots that hold the neediest trial hold any other: the study keeps their number.
     neediest = [max(of_base, key=memory_rank) for of_base in by_base(configs).values()]

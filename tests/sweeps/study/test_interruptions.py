@@ -92,11 +92,10 @@ def test_a_study_that_was_killed_at_its_end_leaves_no_files_of_its_workers(
     ]
     process = station.start(*study, cwd=tmp_path, before=SLOW_TEST_ROWS)
     folder = folder_of(tmp_path)
-    # Workers still have these places while the answer is written, or have just left them.
     wait_until(lambda: "on the test rows" in process.said(), process)
+    # As if it were killed between the end of its workers and the removal of their files.
     (folder / f".worker-{socket.gethostname()}-{process.pid}-0.lock").touch()
     process.kill()
-    process.wait()
 
     # No trial is left to train.
     ended = station.run(*study, cwd=tmp_path)
