@@ -18,6 +18,7 @@ from finetune.errors import Interrupted
 from sweeps.compat import end_joblib_workers, job_error
 from sweeps.space.encoding import encode
 from sweeps.study.errors import StorageLost
+from sweeps.study.joblib_processes import end_with_command
 from sweeps.study.live_table import live_table
 from sweeps.study.notification import stall_watch
 from sweeps.study.session import Session
@@ -25,9 +26,6 @@ from sweeps.study.study import Study
 from sweeps.study.worker import Worker
 
 log = logging.getLogger(__name__)
-
-IDLE_SECONDS = 10
-"""Seconds after which a process of joblib that has no job ends."""
 
 
 def launch(
@@ -119,6 +117,8 @@ def _make_launcher(
         task_function=worker,
         config=config,
     )
+    if in_processes and type(launcher).__name__ == "JoblibLauncher":
+        end_with_command(launcher, session.sweeper)
     # Jobs are composed again from this config, and must name the launcher that the user chose.
     launcher.setup(
         hydra_context=session.hydra_context, task_function=worker, config=chosen
@@ -144,10 +144,6 @@ def _with_worker_launcher(
             # With one process, joblib runs its jobs in the process that calls it.
             processes = max(workers, 2) if in_processes else workers
             OmegaConf.update(config, "hydra.launcher.n_jobs", processes)
-            # Processes without a job outlive a sweep command that was killed, by five minutes
-            # unless they are told otherwise.
-            key = "hydra.launcher.idle_worker_timeout"
-            OmegaConf.update(config, key, IDLE_SECONDS, force_add=True)
     return config
 
 

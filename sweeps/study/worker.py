@@ -25,6 +25,7 @@ from sweeps.study.baseline_seeds import BaselineSeeds
 from sweeps.study.budget import has_spent_tokens
 from sweeps.study.claims import claim_trial
 from sweeps.study.errors import StorageLost
+from sweeps.study.joblib_processes import working
 from sweeps.study.logs import run_lines_to_files
 from sweeps.study.pack import PackedRun, train_together
 from sweeps.study.session import Session
@@ -52,6 +53,7 @@ class Worker:
         index = HydraConfig.get().job.num
         try:
             with (
+                working,
                 worker_place(self.session, index),
                 run_lines_to_files(warnings_only=below_live_table),
             ):
