@@ -9,6 +9,8 @@ import contextlib
 import functools
 import gc
 import importlib
+import importlib.metadata
+import inspect
 import logging
 import os
 import re
@@ -59,32 +61,60 @@ def accept_negative_numbers(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def paused_collection() -> Iterator[None]:
-    """Pause the garbage collector for imports, whose many new objects it would visit repeatedly.
+def fast_imports() -> Iterator[None]:
+    """Import torch and transformers within the block in less time.
 
-    Reason: it takes a sixth of the time of importing torch and transformers (CPython 3.11).
-    Upstream: none.
+    The garbage collector is paused: it would visit the many new objects again and again. What
+    transformers asks for when it is imported, which distributions the packages come from, is
+    answered without a look at each of their files.
+
+    Reason: each takes half a second or more (CPython 3.11 and 3.12; transformers 5.17 and 5.23,
+    `utils/import_utils.py`). Upstream: none.
     """
     collects = gc.isenabled()
+    packages_distributions = importlib.metadata.packages_distributions
     gc.disable()
+    importlib.metadata.packages_distributions = _packages_distributions
     try:
         yield
     finally:
+        importlib.metadata.packages_distributions = packages_distributions
         if collects:
             gc.enable()
 
 
+def _packages_distributions() -> dict[str, list[str]]:
+    """Return the distributions of each package, as the function of `importlib.metadata` does."""
+    distributions: dict[str, list[str]] = {}
+    for distribution in importlib.metadata.distributions():
+        names = (distribution.read_text("top_level.txt") or "").split()
+        if not names:
+            lines = (distribution.read_text("RECORD") or "").splitlines()
+            # Folders of packages, and files of modules.
+            first_parts = {line.split(",")[0].split("/")[0] for line in lines}
+            names = [inspect.getmodulename(part) or part for part in first_parts]
+        for name in names:
+            distributions.setdefault(name, []).append(distribution.metadata["Name"])
+    return distributions
+
+
 def import_model_libraries() -> None:
-    """Import torch, transformers, peft and bitsandbytes, in two thirds of the time that it takes.
+    """Import torch, transformers, peft and bitsandbytes, in half of the time that it takes.
 
     What bitsandbytes compiles when it is imported, for which torch imports its compiler, is
-    compiled when it is first called. bitsandbytes looks for GPUs: choose one before.
+    compiled when it is first called. bitsandbytes looks for GPUs: choose one before. The garbage
+    collector visits the imported objects no more.
 
     Reason: bitsandbytes has no setting for it (0.50, `bitsandbytes/backends/default/ops.py`).
     Upstream: none.
     """
-    with paused_collection():
+    # It is imported last. Later calls would keep what earlier runs have left to the collector.
+    if "peft" in sys.modules:
+        return
+    with fast_imports():
         torch: Any = importlib.import_module("torch")
+        if torch.cuda.is_available():
+            begin_triton_key()
         compile_now = torch.compile
 
         def compile_later(function: Any = None, **options: Any) -> Any:
@@ -97,11 +127,35 @@ def import_model_libraries() -> None:
 
         torch.compile = compile_later
         try:
-            importlib.import_module("transformers.modeling_utils")
-            # It imports bitsandbytes, where that is installed.
-            importlib.import_module("peft")
+            with _without_scipy():
+                importlib.import_module("transformers.modeling_utils")
+                # It imports bitsandbytes, where that is installed.
+                importlib.import_module("peft")
         finally:
             torch.compile = compile_now
+        # They live as long as the process: half a second of collections.
+        gc.freeze()
+
+
+@contextlib.contextmanager
+def _without_scipy() -> Iterator[None]:
+    """Let transformers import neither SciPy nor scikit-learn within the block.
+
+    Reason: each takes half a second. transformers' losses of object detection use the one, its
+    assisted generation the other, and a language model's training neither (transformers 5.17 and
+    5.23, `loss/loss_for_object_detection.py`, `generation/candidate_generator.py`). Upstream: none.
+    """
+    import transformers.utils as utils
+
+    names = ("is_scipy_available", "is_sklearn_available")
+    before = {name: getattr(utils, name) for name in names}
+    for name in names:
+        setattr(utils, name, lambda: False)
+    try:
+        yield
+    finally:
+        for name, is_available in before.items():
+            setattr(utils, name, is_available)
 
 
 @contextlib.contextmanager
@@ -265,6 +319,24 @@ def end_failed_recording(gpu: int, pool: tuple[int, int]) -> None:
     with contextlib.suppress(RuntimeError):
         memory._cuda_endAllocateToPool(gpu, pool)  # type: ignore[attr-defined]
         memory._cuda_releasePool(gpu, pool)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def begin_triton_key() -> threading.Thread:
+    """Begin to compute what Triton computes of its own files before its first kernel.
+
+    Reason: it takes half a second, in which a run can plan and read files (Triton 3.6 and 3.7,
+    `runtime/cache.py`). Upstream: none.
+
+    Returns:
+        The thread that computes it; where Triton has no such function, it ends at once.
+    """
+    compute = None
+    with contextlib.suppress(ImportError, AttributeError):
+        compute = importlib.import_module("triton.runtime.cache").triton_key
+    thread = threading.Thread(target=compute, name="triton key", daemon=True)
+    thread.start()
+    return thread
 
 
 def compile_and_launch(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from finetune.compat import import_model_libraries, paused_collection
+from finetune.compat import fast_imports, import_model_libraries
 from finetune.config.schema import RunConfig
 from finetune.console import LOG_FORMAT, error_line, log_traceback, quiet_libraries
 from finetune.engine.checkpoint import Progress
@@ -241,7 +241,7 @@ def _prepare(result: Result) -> "Prepared":
     """Prepare the run. Torch is imported here, once the rows are sound."""
     context = result.context
     assert result.rows is not None
-    with paused_collection():
+    with fast_imports():
         quiet_libraries(bars=context.interactive)
         from finetune.model.device import select_gpus
 

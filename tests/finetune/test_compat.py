@@ -1,6 +1,7 @@
 """Each private name and patch in finetune/compat.py does what its callers rely on."""
 
 import contextlib
+import importlib.metadata
 import subprocess
 import sys
 import threading
@@ -13,9 +14,11 @@ from support.wandb_runs import connected
 
 from finetune.compat import (
     attention_implementation,
+    begin_triton_key,
     bitsandbytes_has_native_library,
     compile_and_launch,
     datasets_offline,
+    fast_imports,
     gguf_bar_on_terminal_only,
     hub_network_error,
     hydra_argument_parser,
@@ -264,10 +267,17 @@ from finetune.compat import import_model_libraries
 
 import_model_libraries()
 assert {"torch", "transformers.modeling_utils", "peft", "bitsandbytes"} <= set(sys.modules)
-assert "torch._inductor.compile_fx" not in sys.modules
+assert not {"torch._inductor.compile_fx", "scipy", "sklearn"} & set(sys.modules)
 assert gc.isenabled()
+frozen = gc.get_freeze_count()
+assert frozen > 100_000
+import_model_libraries()
+assert gc.get_freeze_count() == frozen
 
 import torch
+import transformers.utils
+
+assert transformers.utils.is_scipy_available()
 from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
 assert torch.compile.__module__ == "torch"
@@ -278,3 +288,19 @@ assert (dequantize_blockwise(packed, state) - row).abs().max() < 0.05
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_packages_have_the_distributions_that_python_says() -> None:
+    expected = importlib.metadata.packages_distributions()
+    with fast_imports():
+        found = importlib.metadata.packages_distributions()
+    assert importlib.metadata.packages_distributions() == expected
+    for package, distributions in expected.items():
+        assert sorted(found[package]) == sorted(distributions), package
+
+
+def test_triton_computes_its_key_once() -> None:
+    cache = pytest.importorskip("triton.runtime.cache")
+    begin_triton_key().join()
+    assert cache.triton_key.cache_info().currsize == 1
+    assert begin_triton_key() is begin_triton_key()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from finetune.compat import begin_triton_key
 from finetune.config.schema import RunConfig
 from finetune.config.sections.model import QuantizationSettings
 from finetune.console import summary_line
@@ -129,6 +130,7 @@ def _kernels_work() -> bool:
     try:
         from finetune.engine.packed.gpu.gated_product import gated_product
 
+        begin_triton_key().join()
         gate, up = torch.zeros(2, 1, 16, device="cuda", dtype=torch.bfloat16)
         gated_product(gate, up, "silu")
     except Exception as error:
