@@ -105,6 +105,24 @@ def add_adapter(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "Pef
     return adapted
 
 
+def add_weightless_adapter(
+    skeleton: "PreTrainedModel", lora: LoraSettings
+) -> "PeftModel":
+    """Add an adapter without weights, as its base is: its layers and shapes alone.
+
+    Args:
+        skeleton: A base on the meta device; its target modules are replaced in place.
+        lora: The adapter's settings.
+
+    Raises:
+        ConfigError: PEFT refuses the targets.
+    """
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        return add_adapter(skeleton, lora, seed=0)
+
+
 def _exclusion(modules: str | set[str] | None) -> str:
     """Return a regular expression for modules as PEFT excludes them; empty for none.
 

@@ -13,7 +13,7 @@ from finetune.errors import refusal
 from finetune.files.atomic import read_json
 from finetune.files.run_folder import RunFolder
 from finetune.model.adapted_layers import AdaptedLayer, adapted_layers
-from finetune.model.adapter import add_adapter, load_adapter
+from finetune.model.adapter import add_weightless_adapter, load_adapter
 from finetune.model.adapter_files import ADAPTER_CONFIG, WEIGHTS
 from finetune.model.base_config import read_base_config, read_published_config
 from finetune.model.loading import skeleton_of
@@ -127,8 +127,8 @@ def _require_same_layers(
 
     skeleton = skeleton_of(read_base_config(source, model), model)
     names = published_names(read_published_config(source, model), skeleton)
-    with torch.device("meta"):  # the drawn values are not read
-        adapted = add_adapter(skeleton, lora, seed=0)
+    adapted = add_weightless_adapter(skeleton, lora)
+    with torch.device("meta"):
         fresh = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     with safe_open(folder / WEIGHTS, "pt") as file:
         shapes = {

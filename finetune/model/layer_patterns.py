@@ -3,13 +3,11 @@
 import re
 from typing import TYPE_CHECKING
 
-import torch
-
 from finetune.config.sections.lora import CHOOSES_MATRICES, LoraSettings
 from finetune.config.sections.model import ModelSettings
 from finetune.errors import refusal
 from finetune.model.adapted_layers import adapted_layers
-from finetune.model.adapter import add_adapter
+from finetune.model.adapter import add_weightless_adapter
 from finetune.model.base_config import read_base_config
 from finetune.model.loading import skeleton_of
 from finetune.model.source import BaseSource
@@ -29,8 +27,7 @@ def check_layer_patterns(
     if not lora.extra.keys() & CHOOSES_MATRICES:
         return
     skeleton = skeleton_of(read_base_config(source, model), model)
-    with torch.device("meta"):  # the drawn values are not read
-        adapted = add_adapter(skeleton, lora, seed=0)
+    adapted = add_weightless_adapter(skeleton, lora)
     names = adapted_layers(adapted)
     for argument in ("rank_pattern", "alpha_pattern"):
         for pattern in lora.extra.get(argument) or {}:

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from finetune.config.schema import RunConfig
 from finetune.engine.optimizers import is_plain_adamw, state_bytes
 from finetune.engine.packed.backend import supports_gpu_decoder
 from finetune.engine.packed.batch import packed_length
 from finetune.engine.selection import reason_unsupported
 from finetune.errors import refusal
-from finetune.model.adapter import add_adapter
+from finetune.model.adapter import add_weightless_adapter
 from finetune.model.architectures import text_config_of
 from finetune.model.base_config import read_base_config
 from finetune.model.base_quantization import base_quantization, read_config_json
@@ -99,8 +97,7 @@ class PlannedBase:
         weights = _multiplied_weights(skeleton)
         stages = read_stages(skeleton, config, files)
         borrowing = borrowing_stages(stages, skeleton, config, files)
-        with torch.device("meta"):  # the drawn values are not read
-            adapted = add_adapter(skeleton, config.lora, config.seed)
+        adapted = add_weightless_adapter(skeleton, config.lora)
         return cls(
             config=config,
             base_config=base_config,
