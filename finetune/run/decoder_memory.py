@@ -51,7 +51,7 @@ WORKSPACES = 2 * 32 * 2**20
 
 @dataclass(frozen=True)
 class RecordedMemory:
-    """What recorded passes take beside their activations (`engine.packed.gpu.recorded_pass`)."""
+    """What recorded passes take beside their activations (`engine.packed.gpu.pass_recorder`)."""
 
     hidden_bytes: int
     """Of one token's hidden state."""
@@ -65,7 +65,7 @@ class RecordedMemory:
 
     def size(self, tokens: float) -> int:
         """The bytes of passes of so many tokens, 0 where they are not recorded."""
-        from finetune.engine.packed.gpu.recorded_pass import MAX_PRODUCTS
+        from finetune.engine.packed.gpu.pass_recorder import MAX_PRODUCTS
 
         if tokens * self.block_weights >= MAX_PRODUCTS:
             return 0

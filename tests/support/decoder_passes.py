@@ -51,3 +51,15 @@ def train(slots: list[Any], lengths: list[list[int]], seed: int = 2) -> Figures:
     results = slots[0].bank.forward_backward(requests)
     losses = [result.loss for result in results]
     return losses, [slot.gradient.clone() for slot in slots]
+
+
+def evaluate(slots: list[Any], lengths: list[list[int]], seed: int = 2) -> list[Any]:
+    """The evaluations of one pass, in which each slot has rows of so many tokens."""
+    from finetune.engine.packed.requests import Evaluate
+
+    requests = [
+        Evaluate(slot, make_rows(some, seed + number))
+        for number, (slot, some) in enumerate(zip(slots, lengths, strict=True))
+    ]
+    evaluations: list[Any] = slots[0].bank.evaluate(requests)
+    return evaluations

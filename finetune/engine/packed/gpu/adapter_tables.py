@@ -1,12 +1,18 @@
 """The tables by which the Triton kernels of `lowrank` find each slot's tokens and adapters."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import triton
 
-from finetune.engine.packed.gpu.pass_size import PassSize, block_rows, padded_rows
+from finetune.engine.packed.gpu.pass_size import (
+    MIN_RANK,
+    PassSize,
+    block_rows,
+    padded_rows,
+)
 from finetune.model.device import to_device
 
 COLUMNS = 8
@@ -78,6 +84,17 @@ class SlotTable:
         return cls(to_device(layers, device), int(ranks.max()), not bool(misaligned))
 
 
+def padded_rank(slot_tables: Sequence[SlotTable]) -> int:
+    """Return the largest rank of several slots, rounded up: Triton's blocks are powers of 2."""
+    largest: int = triton.next_power_of_2(max(table.rank for table in slot_tables))
+    return max(MIN_RANK, largest)
+
+
+def are_aligned(slot_tables: Sequence[SlotTable]) -> bool:
+    """Whether all adapters of several slots are aligned (`SlotTable.aligned`)."""
+    return all(table.aligned for table in slot_tables)
+
+
 class AdapterTables:
     """The tables by which the kernels find each slot's tokens and adapters in a pass."""
 
@@ -99,11 +116,9 @@ class AdapterTables:
         tokens = size.tokens if size else max(span.stop for span in spans)
         self.tile_tokens = 64 if tokens >= MANY_TOKENS else 16
         """Tokens of one program."""
-        # `tl.dot` needs at least 16 columns, and Triton's blocks are powers of 2.
-        largest_rank = max(table.rank for table in slot_tables)
-        self.rank = max(16, triton.next_power_of_2(largest_rank))
+        self.rank = size.rank if size else padded_rank(slot_tables)
         """Columns of the activations between A and B: the largest rank, rounded up."""
-        self.aligned = all(table.aligned for table in slot_tables)
+        self.aligned = are_aligned(slot_tables)
         """See `SlotTable.aligned`."""
         self.has_dropout = any(span.dropout for span in spans)
         span_rows = torch.tensor([span.row() for span in spans])
@@ -129,11 +144,6 @@ class AdapterTables:
     def tensors(self) -> list[torch.Tensor]:
         """What differs between two passes of the same size."""
         return [self.spans, self.tiles, self._tables]
-
-    @property
-    def constants(self) -> tuple[int, bool, bool]:
-        """What kernels are compiled for."""
-        return self.rank, self.aligned, self.has_dropout
 
 
 def _tile_rows(spans: list[AdapterSpan], tile_tokens: int) -> torch.Tensor:

@@ -16,13 +16,14 @@ import torch
 
 from finetune.config.sections.trainer import Checkpointing
 from finetune.engine.packed.batch import PackedBatch
-from finetune.engine.packed.gpu.adapter_tables import COLUMNS, SlotTable
+from finetune.engine.packed.gpu.adapter_tables import COLUMNS, SlotTable, padded_rank
 from finetune.engine.packed.gpu.blocks import BlocksTrace, DecoderBlocks
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.context_maker import ContextMaker
 from finetune.engine.packed.gpu.cross_entropy import cross_entropy
+from finetune.engine.packed.gpu.pass_recorder import PassKind, PassRecorder
 from finetune.engine.packed.gpu.pass_size import PassSize, pass_size
-from finetune.engine.packed.gpu.recorded_pass import PassRecorder, RecordedPass
+from finetune.engine.packed.gpu.recorded_pass import RecordedPass
 from finetune.engine.packed.gpu.rms_norm import (
     read_norm,
     rms_norm,
@@ -107,7 +108,8 @@ class Decoder:
             self._stored,
             borrows_blocks,
         )
-        self._recorder = PassRecorder(self._blocks, count_weights(model.layers[0]))
+        weights = count_weights(model.layers[0])
+        self._recorder = PassRecorder(self._blocks, weights, config.hidden_size)
 
     score = staticmethod(cross_entropy)
 
@@ -150,22 +152,28 @@ class Decoder:
         """See `Backend.forward`."""
         # Steps are given in training only.
         trains = bool(dropout_steps)
-        size = None
         # What several GPUs compute is not recorded, and the memory of one says little of all.
-        trains_on_one = trains and not self._is_spread
-        if trains_on_one and self._recorder.is_worthwhile(batch):
-            size = pass_size(batch)
+        if self._is_spread or not self._recorder.is_worthwhile(batch):
+            context = self._contexts.make(batch, slots, dropout_steps, None)
+            self._begin_pass(trains)
+            stores_more = trains and not self._is_spread
+            # No name is bound to the embeddings, so that the blocks can free them.
+            launched = self._blocks.forward(
+                self._embed(context), context, trains, stores_more
+            )
+            return self._finish(launched, batch.prediction_positions)
+        kind = PassKind.of(slots, trains)
+        tables = [slot.kernel_table for slot in slots if slot.kernel_table is not None]
+        size = pass_size(batch, padded_rank(tables))
+        size = self._recorder.choose_size(kind, size)
         context = self._contexts.make(batch, slots, dropout_steps, size)
+        self._begin_pass(trains)
+        blocks = self._replay_or_launch(self._embed(context), context, kind, size)
+        return self._finish(blocks, batch.prediction_positions)
+
+    def _begin_pass(self, trains: bool) -> None:
         if trains:
             self._stored.begin_pass(self._recorder.memory)
-        if size is None:
-            # No name is bound to the embeddings, so that the blocks can free them.
-            blocks = self._blocks.forward(
-                self._embed(context), context, trains, stores_more=trains_on_one
-            )
-            return self._finish(blocks, batch.prediction_positions)
-        replayed = self._replay_or_launch(self._embed(context), context, size)
-        return self._finish(replayed, batch.prediction_positions)
 
     @torch.no_grad()
     def _finish(
@@ -188,16 +196,16 @@ class Decoder:
         )
 
     def _replay_or_launch(
-        self, x: torch.Tensor, context: PassContext, size: PassSize
+        self, x: torch.Tensor, context: PassContext, kind: PassKind, size: PassSize
     ) -> PassSteps[tuple[torch.Tensor, BlocksTrace | RecordedPass]]:
         """Replay the blocks' forward pass if it is recorded for this size, else launch it."""
-        recorded = self._recorder.find(size, x, context)
+        recorded = self._recorder.find(kind, size, x, context)
         if recorded is not None:
             return recorded.forward(x, context), recorded
         before = torch.cuda.memory_allocated()
-        output, trace = yield from self._blocks.forward(x, context, True)
-        memory = torch.cuda.memory_allocated() - before
-        self._recorder.remember(size, x, context, memory)
+        output, trace = yield from self._blocks.forward(x, context, kind.trains)
+        activations = torch.cuda.memory_allocated() - before
+        self._recorder.remember(kind, size, x, context, activations)
         return output, trace
 
     def _embed(self, context: PassContext) -> torch.Tensor:

@@ -21,6 +21,12 @@ MIN_STEP = 128
 MIN_SPANS = 8
 """Least number of spans that a size has room for."""
 
+MIN_RANK = 16
+"""Least columns of the activations between A and B: as many as `tl.dot` needs."""
+
+MAX_GROWTH = 2
+"""A batch is padded to at most so many times its tokens."""
+
 
 @dataclass(frozen=True)
 class PassSize:
@@ -31,6 +37,17 @@ class PassSize:
     """With that of the added tokens."""
     spans: int
     """With that of the added tokens; the last one is empty."""
+    rank: int = MIN_RANK
+    """Columns of the activations between A and B of all adapters."""
+
+    def fits_into(self, other: "PassSize") -> bool:
+        """Whether a batch of this size may be padded to another one."""
+        return (
+            self.tokens <= other.tokens <= MAX_GROWTH * self.tokens
+            and self.slots <= other.slots
+            and self.spans <= other.spans
+            and self.rank <= other.rank
+        )
 
     def tiles(self, tile_tokens: int) -> int:
         """The most tiles of tokens of one slot each."""
@@ -41,14 +58,20 @@ class PassSize:
         return -(-self.tokens // block) + self.spans
 
 
-def pass_size(batch: PackedBatch) -> PassSize:
-    """Return the smallest size into which a batch fits."""
+def pass_size(batch: PackedBatch, rank: int = MIN_RANK) -> PassSize:
+    """Return the smallest size into which a batch fits.
+
+    Args:
+        batch: The packed batch.
+        rank: Of the size.
+    """
     tokens = batch.input_ids.shape[1]
     step = max(_power_of_two(tokens + 1) // 2 // STEPS, MIN_STEP)
     return PassSize(
         tokens=-(-tokens // step) * step,
         slots=_power_of_two(len(batch.batch_spans) + 1),
         spans=max(_power_of_two(len(batch.spans) + 2), MIN_SPANS),
+        rank=rank,
     )
 
 

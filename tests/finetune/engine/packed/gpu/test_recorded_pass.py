@@ -1,16 +1,18 @@
 """Padded and recorded passes compute what passes of their exact size compute."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.decoder_bases import ARCHITECTURES, random_base
-from support.decoder_passes import make_slots, train
+from support.decoder_passes import evaluate, make_slots, train
 from support.matrix import further
 
-RECORDED = "finetune.engine.packed.gpu.recorded_pass"
-RECORDER = f"{RECORDED}.PassRecorder"
+RECORDING = "finetune.engine.packed.gpu.pass_recorder"
+RECORDER = f"{RECORDING}.PassRecorder"
 
 
 def bases() -> Any:
@@ -72,20 +74,22 @@ def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
         (slots, [[3, 7], [4], [6]]),
         # Fewer slots in another order, with other rows, among them a longer one.
         (slots[1::-1], [[15, 2], [10]]),
+        # Fewer tokens: padded to the size that is recorded.
+        (slots[:2], [[4], [3]]),
     ]
     expected = [train(some, lengths, 5) for some, lengths in cases]
     monkeypatch.setattr(f"{RECORDER}.is_worthwhile", lambda *_: True)
-    monkeypatch.setattr(f"{RECORDED}._is_free", lambda memory: True)
+    monkeypatch.setattr(f"{RECORDING}._is_free", lambda memory: True)
     # The interpreter's time grows with the tokens.
     monkeypatch.setattr("finetune.engine.packed.gpu.pass_size.MIN_STEP", 16)
     pool = repeating_pool()
-    monkeypatch.setattr(f"{RECORDED}.PassPool", lambda: pool)
+    monkeypatch.setattr(f"{RECORDING}.PassPool", lambda: pool)
     recorder = slots[0].bank.backends.current._recorder
 
     train(*cases[0], 5)  # what is met for the first time is not recorded yet
     results = [train(some, lengths, 5) for some, lengths in cases]
 
-    # Both batches are of its size: a pass of another one would have been met, and launched.
+    # All batches are computed by it: a pass of another size would have been met, and launched.
     assert len(recorder._recorded) == 1
     assert not recorder._met
     for (losses, gradients), (known_losses, known) in zip(
@@ -94,6 +98,78 @@ def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
         assert losses == pytest.approx(known_losses, rel=1e-6)
         for one, other in zip(gradients, known, strict=True):
             assert float((one - other).norm() / other.norm()) < 1e-5
+
+
+@pytest.mark.slow
+@bases()
+def test_a_recorded_evaluation_reads_the_rows_and_slots_of_each_batch(
+    architecture: str, tiny: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = random_base(architecture, tiny_base, tmp_path / "base")
+    slots = make_slots(tiny, folder, dropout=0.3, saves=False)
+    cases = [(slots, [[3, 7], [4], [6]]), (slots[1::-1], [[15, 2], [10]])]
+    expected = [evaluate(some, lengths, 5) for some, lengths in cases]
+    monkeypatch.setattr(f"{RECORDER}.is_worthwhile", lambda *_: True)
+    monkeypatch.setattr(f"{RECORDING}._is_free", lambda memory: True)
+    # The interpreter's time grows with the tokens.
+    monkeypatch.setattr("finetune.engine.packed.gpu.pass_size.MIN_STEP", 16)
+    pool = repeating_pool()
+    monkeypatch.setattr(f"{RECORDING}.PassPool", lambda: pool)
+    recorder = slots[0].bank.backends.current._recorder
+
+    evaluate(*cases[0], 5)  # what is met for the first time is not recorded yet
+    results = [evaluate(some, lengths, 5) for some, lengths in cases]
+
+    assert len(recorder._recorded) == 1
+    assert not recorder._met
+    for evaluations, others in zip(results, expected, strict=True):
+        for one, other in zip(evaluations, others, strict=True):
+            assert one.row_losses == pytest.approx(other.row_losses, rel=1e-6)
+            assert one.row_tokens == other.row_tokens
+            assert one.row_correct == other.row_correct
+
+
+def test_a_batch_is_padded_to_a_size_that_is_there_while_that_costs_little() -> None:
+    import torch
+
+    from finetune.engine.packed.gpu import pass_recorder
+    from finetune.engine.packed.gpu.pass_recorder import PassKind, PassRecorder
+    from finetune.engine.packed.gpu.pass_size import PassSize
+
+    weights = 10**6
+    blocks: Any = None
+    recorder = PassRecorder(blocks, weights, hidden_size=1000)
+    kind = PassKind(True, True, frozenset(["up_proj"]), True, False)
+    context: Any = SimpleNamespace(query_scales=None)
+
+    def met(size: PassSize) -> None:
+        recorder.remember(kind, size, torch.empty(size.tokens, 1000), context, 0)
+
+    small = PassSize(tokens=1024, slots=8, spans=32, rank=16)
+    large = PassSize(tokens=2048, slots=16, spans=64, rank=16)
+    assert recorder.choose_size(kind, small) == small
+    met(large)
+    assert recorder.choose_size(kind, small) == large
+    assert recorder.choose_size(kind, large) == large
+    others = [
+        PassSize(tokens=1000, slots=8, spans=32, rank=16),  # more than twice as many
+        PassSize(tokens=1024, slots=32, spans=32, rank=16),
+        PassSize(tokens=1024, slots=8, spans=128, rank=16),
+        PassSize(tokens=1024, slots=8, spans=32, rank=32),
+    ]
+    for other in others:
+        assert recorder.choose_size(kind, other) == other
+    evaluation = dataclasses.replace(kind, trains=False)
+    assert recorder.choose_size(evaluation, small) == small
+    # Once more tokens have been added than a recording is worth, it gets a size of its own.
+    uses = 1
+    while recorder.choose_size(kind, small) == large:
+        uses += 1
+    products = 1024 * (weights + 2 * 16 * weights // 1000)
+    assert uses == pass_recorder.RECORDING_PRODUCTS // products
+    met(small)
+    for _ in range(2 * uses):
+        assert recorder.choose_size(kind, small) == small
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 2047, 2049, 30_000])
@@ -122,7 +198,8 @@ def test_a_size_has_room_for_the_batch_and_little_more(tokens: int, rows: int) -
 @pytest.fixture
 def count_recorded(monkeypatch: Any) -> Callable[[], int]:
     """How many passes were recorded so far."""
-    from finetune.engine.packed.gpu.recorded_pass import PassRecorder, RecordedPass
+    from finetune.engine.packed.gpu.pass_recorder import PassRecorder
+    from finetune.engine.packed.gpu.recorded_pass import RecordedPass
 
     recorded: list[bool] = []
     record = PassRecorder._record
@@ -174,6 +251,42 @@ def test_a_recorded_pass_is_the_pass_that_is_launched(
             for one, other in zip(replayed, gradients, strict=True):
                 assert torch.equal(one, other)
     assert count_recorded() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "architecture", [name for name in ARCHITECTURES if name != "phi3"]
+)
+def test_a_recorded_evaluation_is_the_evaluation_that_is_launched(
+    architecture: str,
+    tiny: Any,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    count_recorded: Callable[[], int],
+) -> None:
+    """Also between passes that train, with which it shares memory."""
+    import torch
+
+    folder = random_base(architecture, tiny_base, tmp_path / "base")
+    slots = make_slots(tiny, folder, dropout=0.3, saves=False)
+    cases = [
+        (slots, LENGTHS),
+        (slots[:2], [[30, 10], [20]]),
+        (slots[:1], [[7, 5, 3]]),
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{RECORDER}.find", lambda *_: None)
+        launched = [evaluate(some, lengths, 5) for some, lengths in cases]
+        trained = train(slots, LENGTHS, 5)
+    assert count_recorded() == 0
+    for _ in range(3):
+        for (some, lengths), evaluations in zip(cases, launched, strict=True):
+            assert evaluate(some, lengths, 5) == evaluations
+            losses, gradients = train(slots, LENGTHS, 5)
+            assert losses == trained[0]
+            assert all(map(torch.equal, gradients, trained[1]))
+    assert count_recorded() > 1
 
 
 @pytest.mark.gpu

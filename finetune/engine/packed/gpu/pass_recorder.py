@@ -1,0 +1,256 @@
+"""Which passes are recorded, and which recorded pass a batch is computed by.
+
+Recording a pass takes as long as launching its kernels. So a size that is met once is not worth a
+recording, and a batch is padded to a larger size that is there already, until all that was computed
+in vain has cost as much as a recording of its own.
+"""
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from finetune.console import summary_line
+from finetune.engine.graph_pool import end_recording
+from finetune.engine.packed.batch import PackedBatch
+from finetune.engine.packed.gpu.adapter_tables import are_aligned
+from finetune.engine.packed.gpu.blocks import DecoderBlocks
+from finetune.engine.packed.gpu.context import PassContext
+from finetune.engine.packed.gpu.pass_size import PassSize
+from finetune.engine.packed.gpu.recorded_pass import PassPool, RecordedPass
+
+if TYPE_CHECKING:
+    from finetune.engine.packed.slot import Slot
+
+log = logging.getLogger(__name__)
+
+MAX_PRODUCTS = 5e11
+"""Tokens times weights of a block from which a GPU is the limit, not the host. On an H100 a block
+of so many takes about 2.5 times as long as its launches."""
+
+RECORDING_PRODUCTS = MAX_PRODUCTS / 10
+"""As many take a GPU as long as the host needs to record a block, where kernels are small."""
+
+MAX_RECORDED = 32
+"""Recorded passes at once: the least recently used one makes room."""
+
+SPARE_MEMORY = 512 * 2**20
+"""Bytes that are left free beside what a recorded pass takes."""
+
+
+@dataclass(frozen=True)
+class PassKind:
+    """What distinguishes passes that can't be padded to the same size."""
+
+    trains: bool
+    several_slots: bool
+    """More than one store more blocks."""
+    adapted_layers: frozenset[str]
+    aligned: bool
+    """See `SlotTable.aligned`."""
+    has_dropout: bool
+
+    @classmethod
+    def of(cls, slots: "Sequence[Slot]", trains: bool) -> "PassKind":
+        """Return the kind of a pass of several slots."""
+        layers: frozenset[str] = frozenset().union(*(slot.adapters for slot in slots))
+        tables = [slot.kernel_table for slot in slots if slot.kernel_table is not None]
+        return cls(
+            trains=trains,
+            several_slots=len(slots) > 1,
+            adapted_layers=layers,
+            aligned=are_aligned(tables),
+            has_dropout=trains and any(slot.dropout for slot in slots),
+        )
+
+
+class PassRecorder:
+    """Records passes of sizes that are met again."""
+
+    def __init__(
+        self, blocks: DecoderBlocks, block_weights: int, hidden_size: int
+    ) -> None:
+        """Nothing is recorded yet.
+
+        Args:
+            blocks: Compute the passes.
+            block_weights: Weights of the linear layers of a block.
+            hidden_size: Columns of a block's input.
+        """
+        self._blocks = blocks
+        self._block_weights = block_weights
+        self._hidden_size = hidden_size
+        self._is_on = True
+        self._met: dict[_Key, int] = {}
+        """Passes that were computed once, and not recorded yet, with the bytes that they took."""
+        self._recorded: OrderedDict[_Key, RecordedPass] = OrderedDict()
+        self._in_vain: Counter[tuple[PassKind, PassSize]] = Counter()
+        """Products that batches of a size have cost because they were padded to a larger one."""
+        self._pool: PassPool | None = None
+        self.memory = 0
+        """Bytes that recorded passes have for themselves."""
+
+    def is_worthwhile(self, batch: PackedBatch) -> bool:
+        """Whether launching a batch's kernels may take longer than computing them."""
+        tokens = batch.input_ids.shape[1]
+        return (
+            self._is_on
+            and batch.input_ids.is_cuda
+            and tokens * self._block_weights < MAX_PRODUCTS
+        )
+
+    def choose_size(self, kind: PassKind, size: PassSize) -> PassSize:
+        """Return the size to which a batch is padded: its own one, or one that was met before.
+
+        Args:
+            kind: The pass.
+            size: The smallest size into which the batch fits.
+        """
+        chosen = self._smallest(self._recorded, kind, size)
+        if chosen is None:
+            # It is recorded then.
+            chosen = self._smallest(self._met, kind, size) or size
+        in_vain = self._in_vain[kind, size]
+        in_vain += self._products(chosen) - self._products(size)
+        if in_vain > RECORDING_PRODUCTS:
+            return size
+        self._in_vain[kind, size] = in_vain
+        return chosen
+
+    def _smallest(
+        self, keys: "Iterable[_Key]", kind: PassKind, size: PassSize
+    ) -> PassSize | None:
+        """Return the size among those of passes that a batch is padded to at least cost."""
+        fitting = [
+            key.size for key in keys if key.kind == kind and size.fits_into(key.size)
+        ]
+        return min(fitting, key=self._products, default=None)
+
+    def _products(self, size: PassSize) -> int:
+        """The products of a block in a pass of a size, those of its adapters included."""
+        # A and B of a layer have as many columns and rows as its input and output together.
+        adapters = 2 * size.rank * self._block_weights // self._hidden_size
+        return size.tokens * (self._block_weights + adapters)
+
+    def find(
+        self, kind: PassKind, size: PassSize, x: torch.Tensor, context: PassContext
+    ) -> RecordedPass | None:
+        """Return the recorded pass of a size; None: its kernels are to be launched.
+
+        Args:
+            kind: The pass.
+            size: To which the batch is padded.
+            x: The embeddings.
+            context: The pass.
+        """
+        key = _Key.of(kind, size, x, context)
+        recorded = self._recorded.get(key)
+        if recorded is not None:
+            self._recorded.move_to_end(key)
+            return recorded
+        memory = self._met.get(key)
+        if memory is None:
+            return None
+        if not _is_free(memory):
+            self.stop()
+            log.info("memory is too small for recorded passes, which would be faster")
+            return None
+        recorded = self._record(key, x, context)
+        if recorded is None:
+            return None
+        del self._met[key]
+        self._recorded[key] = recorded
+        if len(self._recorded) > MAX_RECORDED:
+            self._recorded.popitem(last=False)
+        return recorded
+
+    def remember(
+        self,
+        kind: PassKind,
+        size: PassSize,
+        x: torch.Tensor,
+        context: PassContext,
+        activations: int,
+    ) -> None:
+        """Note that a pass of a size was launched.
+
+        Args:
+            kind: As in `find`.
+            size: As in `find`.
+            x: As in `find`.
+            context: As in `find`.
+            activations: Bytes that the forward pass has left for the backward pass.
+        """
+        # In an evaluation, what one block computes is all that it takes.
+        outputs = len(x) * self._block_weights // self._hidden_size
+        memory = activations + outputs * x.element_size()
+        self._met[_Key.of(kind, size, x, context)] = memory
+
+    def _record(
+        self, key: "_Key", x: torch.Tensor, context: PassContext
+    ) -> RecordedPass | None:
+        if self._pool is None:
+            self._pool = PassPool()
+        before = torch.cuda.memory_reserved()
+        try:
+            recorded = RecordedPass(
+                self._blocks, x, context, key.kind.trains, self._pool
+            )
+            self.memory += torch.cuda.memory_reserved() - before
+            return recorded
+        except RuntimeError as error:
+            self.stop()
+            end_recording()
+            log.warning(
+                "passes cannot be recorded; each kernel is launched by itself (%s)",
+                summary_line(error),
+            )
+            return None
+
+    def stop(self) -> bool:
+        """Let go of what is recorded, with its memory, and record nothing more.
+
+        Returns:
+            Whether anything was recorded.
+        """
+        has_recorded = bool(self._recorded)
+        self._is_on = False
+        self._recorded.clear()
+        self._met.clear()
+        self._in_vain.clear()
+        self._pool = None
+        self.memory = 0
+        return has_recorded
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What distinguishes recorded passes."""
+
+    kind: PassKind
+    size: PassSize
+    dtype: torch.dtype
+    scales_queries: bool
+
+    @classmethod
+    def of(
+        cls, kind: PassKind, size: PassSize, x: torch.Tensor, context: PassContext
+    ) -> "_Key":
+        return cls(kind, size, x.dtype, context.query_scales is not None)
+
+
+def _is_free(memory: int) -> bool:
+    """Whether a pass whose activations take so many bytes can be recorded.
+
+    Memory cannot be returned to the GPU while a pass is recorded, so it has to be free before.
+    """
+    # The backward pass takes more than what the forward pass has left.
+    needed = 2 * memory + SPARE_MEMORY
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+    return free >= needed
