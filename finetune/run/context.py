@@ -27,6 +27,8 @@ class RunContext:
     evaluate_test_rows: bool = True
     """Whether the run ends with the test rows. False where the result could influence a
     decision."""
+    saves_pruned_adapter: bool = True
+    """Whether a run that is pruned saves its adapter; a study would remove it at once."""
     notifies: bool = False
     """Whether the run tells `notify.command` of its end; a trial does not, as its study does."""
     interrupt: Interrupt = field(default_factory=Interrupt)

@@ -106,7 +106,8 @@ def train(
 ) -> RunSteps[None]:
     """Train from the last checkpoint to the last step, or until the run is stopped.
 
-    Afterwards the model has the adapter that the run ends with, and the folder has it too.
+    Afterwards the model has the adapter that the run ends with, and the folder has it too, unless
+    the run is pruned and its context saves no adapter then.
 
     Raises:
         Interrupted: The user interrupted the run; a checkpoint is written.
@@ -140,6 +141,8 @@ def train(
         raise Interrupted(
             f"interrupted after step {progress.step}; {command} resumes it"
         )
+    if progress.stop == "pruned" and not context.saves_pruned_adapter:
+        return
     if config.objective_at == "best":
         load_adapter(training.model, folder.best(progress.best_step))
     _save(training, prepared, folder.adapter)

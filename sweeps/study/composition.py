@@ -4,7 +4,7 @@ Hydra reads every YAML file anew, which takes 0.09 s a trial. Trials that choose
 differ in values alone, so these are set in a copy of what Hydra has composed once.
 """
 
-from copy import deepcopy
+import pickle
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,8 +28,8 @@ class Composer:
         """
         self._loader = loader
         self._config = config
-        self._composed: dict[tuple[str, ...], DictConfig] = {}
-        """By the overrides that were applied."""
+        self._composed: dict[tuple[str, ...], bytes] = {}
+        """Pickled configs, by the overrides that were applied."""
 
     def compose(self, overrides: list[str]) -> DictConfig:
         """Return what `load_sweep_config` of Hydra returns.
@@ -39,7 +39,10 @@ class Composer:
         """
         parsed = OverridesParser.create().parse_overrides(overrides)
         by_hydra, values = self._divide(parsed)
-        config = deepcopy(self._compose_once(tuple(map(_text, by_hydra))))
+        # A tenth of the time of `deepcopy`.
+        config: DictConfig = pickle.loads(
+            self._compose_once(tuple(map(_text, by_hydra)))
+        )
         try:
             for override in values:
                 OmegaConf.update(
@@ -83,12 +86,12 @@ class Composer:
         is_name = isinstance(override.value(), str | list)
         return is_group and is_name and _changes(override)
 
-    def _compose_once(self, overrides: tuple[str, ...]) -> DictConfig:
+    def _compose_once(self, overrides: tuple[str, ...]) -> bytes:
         if overrides not in self._composed:
             composed = self._loader.load_sweep_config(self._config, list(overrides))
             if len(self._composed) == MAX_STORED:
                 self._composed.clear()
-            self._composed[overrides] = composed
+            self._composed[overrides] = pickle.dumps(composed)
         return self._composed[overrides]
 
 

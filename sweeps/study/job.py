@@ -4,11 +4,11 @@ Hydra's own function runs a job to its end. Here several jobs train together in 
 job is a generator, see `finetune.engine.steps`.
 """
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -38,7 +38,7 @@ def run_as_job(
     folder = Path(sweep.dir, sweep.subdir).absolute()
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(folder)
-    with hydra_config(config):
+    with hydra_config(config) as hydra_part:
         task_config = _without_hydra(config)
         job = _begin_job(config, task_config)
         if config.hydra.output_subdir is not None:
@@ -47,7 +47,7 @@ def run_as_job(
         context.callbacks.on_job_start(config=config, task_function=task)
     try:
         # The task reads its config here. Its steps come later, between those of other jobs.
-        with hydra_config(config):
+        with _set_hydra_config(hydra_part):
             steps = task(task_config)
         job.return_value = yield from steps
         job.status = JobStatus.COMPLETED
@@ -77,7 +77,8 @@ def require_one_directory(config: DictConfig) -> None:
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:
-    task_config = deepcopy(config)
+    # Half of the time of `deepcopy`.
+    task_config: DictConfig = pickle.loads(pickle.dumps(config))
     with read_write(task_config), open_dict(task_config):
         del task_config["hydra"]
     return task_config
@@ -109,11 +110,23 @@ def _write_config_files(
 
 
 @contextmanager
-def hydra_config(config: DictConfig) -> Iterator[None]:
-    """Set the config by which `${hydra:…}` is resolved, while the context lasts."""
-    # Hydra's config is one for the process, and the jobs of a pack take turns.
+def hydra_config(config: DictConfig) -> Iterator[Any]:
+    """Set the config by which `${hydra:…}` is resolved, while the context lasts.
+
+    Returns:
+        The config as Hydra keeps it.
+    """
+    with _set_hydra_config(HydraConfig.instance().cfg):
+        HydraConfig.instance().set_config(config)
+        yield HydraConfig.instance().cfg
+
+
+@contextmanager
+def _set_hydra_config(kept: Any) -> Iterator[None]:
+    """Let Hydra keep a config while the context lasts."""
+    # It is one for the process, and the jobs of a pack take turns.
     previous = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
+    HydraConfig.instance().cfg = kept
     try:
         yield
     finally:

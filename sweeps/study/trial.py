@@ -209,6 +209,8 @@ class TrialRunner:
             interactive=False,
             # No choice of the study may see the test rows: its winner is evaluated at the end.
             evaluate_test_rows=False,
+            # Only the adapters of complete trials stay (`remove_adapters`).
+            saves_pruned_adapter=False,
             interrupt=self._interrupt,
             slots=self._session.engine.slots,
             packed_with=self.packed_with,
