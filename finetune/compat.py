@@ -98,6 +98,35 @@ def _packages_distributions() -> dict[str, list[str]]:
     return distributions
 
 
+def import_transformers() -> None:
+    """Import torch and what of transformers loads models, in less time. Neither looks for GPUs."""
+    with fast_imports(), _without_scipy():
+        importlib.import_module("transformers.models.auto.modeling_auto")
+
+
+@contextlib.contextmanager
+def _without_scipy() -> Iterator[None]:
+    """Let transformers import neither SciPy nor scikit-learn within the block.
+
+    What is imported in it never uses them: losses of object detection, and the threshold that
+    assisted generation adapts, neither of which is done here.
+
+    Reason: each takes half a second (transformers 5.17 and 5.23,
+    `loss/loss_for_object_detection.py`, `generation/candidate_generator.py`). Upstream: none.
+    """
+    import transformers.utils as utils
+
+    names = ("is_scipy_available", "is_sklearn_available")
+    before = {name: getattr(utils, name) for name in names}
+    for name in names:
+        setattr(utils, name, lambda: False)
+    try:
+        yield
+    finally:
+        for name, is_available in before.items():
+            setattr(utils, name, is_available)
+
+
 def import_model_libraries() -> None:
     """Import torch, transformers, peft and bitsandbytes, in half of the time that it takes.
 
@@ -108,10 +137,13 @@ def import_model_libraries() -> None:
     Reason: bitsandbytes has no setting for it (0.50, `bitsandbytes/backends/default/ops.py`).
     Upstream: none.
     """
-    # It is imported last. Later calls would keep what earlier runs have left to the collector.
+    # The last import of an earlier call: what runs have left since then must not be frozen too.
     if "peft" in sys.modules:
         return
+    # What the program has left would never be collected once it is frozen.
+    gc.collect()
     with fast_imports():
+        import_transformers()
         torch: Any = importlib.import_module("torch")
         if torch.cuda.is_available():
             begin_triton_key()
@@ -128,34 +160,12 @@ def import_model_libraries() -> None:
         torch.compile = compile_later
         try:
             with _without_scipy():
-                importlib.import_module("transformers.modeling_utils")
                 # It imports bitsandbytes, where that is installed.
                 importlib.import_module("peft")
         finally:
             torch.compile = compile_now
         # They live as long as the process: half a second of collections.
         gc.freeze()
-
-
-@contextlib.contextmanager
-def _without_scipy() -> Iterator[None]:
-    """Let transformers import neither SciPy nor scikit-learn within the block.
-
-    Reason: each takes half a second. transformers' losses of object detection use the one, its
-    assisted generation the other, and a language model's training neither (transformers 5.17 and
-    5.23, `loss/loss_for_object_detection.py`, `generation/candidate_generator.py`). Upstream: none.
-    """
-    import transformers.utils as utils
-
-    names = ("is_scipy_available", "is_sklearn_available")
-    before = {name: getattr(utils, name) for name in names}
-    for name in names:
-        setattr(utils, name, lambda: False)
-    try:
-        yield
-    finally:
-        for name, is_available in before.items():
-            setattr(utils, name, is_available)
 
 
 @contextlib.contextmanager
@@ -331,9 +341,15 @@ def begin_triton_key() -> threading.Thread:
     Returns:
         The thread that computes it; where Triton has no such function, it ends at once.
     """
-    compute = None
-    with contextlib.suppress(ImportError, AttributeError):
-        compute = importlib.import_module("triton.runtime.cache").triton_key
+    cache: Any = None
+    # Whatever is wrong with Triton, the first kernel says it.
+    with contextlib.suppress(Exception):
+        cache = importlib.import_module("triton.runtime.cache")
+
+    def compute() -> None:
+        with contextlib.suppress(Exception):
+            cache.triton_key()
+
     thread = threading.Thread(target=compute, name="triton key", daemon=True)
     thread.start()
     return thread

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.plugins.sweeper import Sweeper
 
-from finetune.compat import import_model_libraries
+from finetune.compat import import_transformers
 from finetune.console import error_line, exit_code
 from finetune.errors import ConfigError, Interrupted, NoAnswer
 from finetune.files.atomic import read_json
@@ -147,8 +147,8 @@ class StudySweeper(Sweeper):
 
 def _open(draft: "Draft") -> "tuple[Study, Session]":
     """Begin or resume the study of a checked command."""
-    # After the checks, because it takes seconds. First, or others would import slower parts of it.
-    import_model_libraries()
+    # After the checks, because it takes seconds. First, as others would import slower parts too.
+    import_transformers()
     from sweeps.study.opening import open_study
 
     study, session = open_study(draft.session)

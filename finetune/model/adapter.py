@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers.initialization import no_init_weights
 
 from finetune.config.sections.lora import LoraSettings
 from finetune.console import summary_line
@@ -118,7 +117,7 @@ def add_weightless_adapter(
     Raises:
         ConfigError: PEFT refuses the targets.
     """
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         return add_adapter(skeleton, lora, seed=0)
 
 

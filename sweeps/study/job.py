@@ -38,7 +38,7 @@ def run_as_job(
     folder = Path(sweep.dir, sweep.subdir).absolute()
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(folder)
-    with hydra_config(config) as hydra_part:
+    with hydra_config(config) as stored:
         task_config = _without_hydra(config)
         job = _begin_job(config, task_config)
         if config.hydra.output_subdir is not None:
@@ -47,7 +47,7 @@ def run_as_job(
         context.callbacks.on_job_start(config=config, task_function=task)
     try:
         # The task reads its config here. Its steps come later, between those of other jobs.
-        with _set_hydra_config(hydra_part):
+        with _set_hydra_config(stored):
             steps = task(task_config)
         job.return_value = yield from steps
         job.status = JobStatus.COMPLETED
@@ -113,8 +113,8 @@ def _write_config_files(
 def hydra_config(config: DictConfig) -> Iterator[Any]:
     """Set the config by which `${hydra:…}` is resolved, while the context lasts.
 
-    Returns:
-        The config as Hydra keeps it.
+    Yields:
+        The config as Hydra stores it.
     """
     with _set_hydra_config(HydraConfig.instance().cfg):
         HydraConfig.instance().set_config(config)
@@ -122,11 +122,11 @@ def hydra_config(config: DictConfig) -> Iterator[Any]:
 
 
 @contextmanager
-def _set_hydra_config(kept: Any) -> Iterator[None]:
-    """Let Hydra keep a config while the context lasts."""
+def _set_hydra_config(stored: Any) -> Iterator[None]:
+    """Set a config that Hydra has stored before, while the context lasts."""
     # It is one for the process, and the jobs of a pack take turns.
     previous = HydraConfig.instance().cfg
-    HydraConfig.instance().cfg = kept
+    HydraConfig.instance().cfg = stored
     try:
         yield
     finally:

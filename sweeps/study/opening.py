@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+from finetune.compat import import_model_libraries
 from finetune.config.schema import CONSTANT_METRICS, RunConfig
 from finetune.console import quiet_libraries
 from finetune.engine.selection import choose_engine
@@ -114,6 +115,8 @@ def _choose_engine(settings: StudySettings, configs: list[RunConfig]) -> EngineC
         # The first config that the packed engine does not support logs the reason.
         if choose_engine(config, source) == "trl":
             return EngineChoice("trl", slots=1)
+    # The plan would import bitsandbytes by itself, and so torch's compiler too.
+    import_model_libraries()
     # Slots that hold the neediest trial hold any other: the study keeps their number.
     neediest = [max(of_base, key=memory_rank) for of_base in by_base(configs).values()]
 

@@ -197,6 +197,15 @@ def test_an_observer_hears_every_rung_and_may_stop_the_run(
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_a_pruned_run_saves_no_adapter_where_nobody_needs_it(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    config = tiny("trainer.max_steps=2", "trainer.eval_steps=1", "sample_prompts=[]")
+    run(config, tmp_path, RunContext(StopsAt(1), saves_pruned_adapter=False))
+    assert result_of(tmp_path)["status"] == "pruned"
+    assert not (tmp_path / "adapter").exists()
+
+
 class StopsAfter(Observer):
     def __init__(self, step: int) -> None:
         self.step = step

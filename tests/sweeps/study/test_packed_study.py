@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 from support.commands import Station
 from support.configs import study_overrides
 from support.runs import SHORT, Tiny, final, losses
+from support.study_folder import folder_of
 from support.wandb_log import wandb_files, wandb_history
 
 from finetune.run.context import RunContext
@@ -118,6 +119,37 @@ def test_a_trial_ends_between_rungs_when_better_ones_come_to_its_last(
         first.user_attrs["reason"]
         == "worse than others at its last rung, as more came to it"
     )
+
+
+SAVES_WRITTEN_DOWN = """
+from pathlib import Path
+import finetune.run.train as train
+save = train.save_adapter
+def saving(model, tokenizer, folder, *more):
+    with open("saved.txt", "a") as file:
+        print(Path(folder).parent.name, file=file)
+    return save(model, tokenizer, folder, *more)
+train.save_adapter = saving
+"""
+
+
+def test_a_pruned_trials_adapter_is_never_written(
+    station: Station, tiny_base: Path, tmp_path: Path
+) -> None:
+    """Only those of complete trials are needed, and it takes a tenth of a second on a GPU."""
+    more = (
+        "hydra.sweeper.n_trials=3",
+        "hydra/sweeper/pruner=none",
+        "hydra.sweeper.pruner._target_=optuna.pruners.ThresholdPruner",
+        "+hydra.sweeper.pruner.upper=0",
+    )
+    study = [*study_overrides(tiny_base, "s"), *more]
+    ended = station.run(*study, cwd=tmp_path, before=SAVES_WRITTEN_DOWN)
+    assert ended.returncode == 0, ended.stderr
+    trials = Study.load(folder_of(tmp_path)).trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+    # The baseline, which is never pruned.
+    assert (tmp_path / "saved.txt").read_text().split() == ["0"]
 
 
 def test_each_slot_has_its_own_wandb_run_with_trls_names(

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.commands import run_cli
-from support.configs import study_overrides
+from support.configs import study_overrides, tiny_overrides
 from support.matrix import further
 from support.studies import settings_of, sweeper_config
 
@@ -246,3 +248,34 @@ def test_confirm_borrows_as_its_study_did(monkeypatch: pytest.MonkeyPatch) -> No
         study: Any = SimpleNamespace(optuna=SimpleNamespace(user_attrs=attributes))
         assert repeats.retrain(study, []) == {}
     assert ways == [True, False]
+
+
+CHOOSES_FIRST = """
+import runpy, sys
+from finetune.model import device
+select_gpus = device.select_gpus
+def selecting(*arguments):
+    print("bitsandbytes" in sys.modules, file=sys.stderr)
+    select_gpus(*arguments)
+device.select_gpus = selecting
+sys.argv[0] = "finetune"
+runpy.run_module("finetune", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweeps", [True, False])
+def test_gpus_are_chosen_before_bitsandbytes_looks_for_them(
+    sweeps: bool, tiny_base: Path, tmp_path: Path
+) -> None:
+    overrides = study_overrides(tiny_base, "s") if sweeps else tiny_overrides(tiny_base)
+    if sweeps:
+        overrides += ["hydra.sweeper.n_trials=1", "hydra.sweeper.n_jobs=1"]
+    command = [sys.executable, "-c", CHOOSES_FIRST, *overrides]
+    ended = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    # Only the first call in a process counts.
+    answers = [line for line in ended.stderr.splitlines() if line in ("True", "False")]
+    assert answers[0] == "False"

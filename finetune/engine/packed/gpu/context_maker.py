@@ -116,7 +116,7 @@ class ContextMaker:
             adapters=AdapterTables(adapter_spans, tables, device, size),
             adapted_layers=adapted_layers,
             rows=rows,
-            query_scales=query_scales(self._scaled_config, spans, position_ids),
+            query_scales=query_scales(self._scaled_config, batch.spans, position_ids),
         )
 
 

@@ -162,8 +162,8 @@ class Decoder:
                 self._embed(context), context, trains, stores_more
             )
             return self._finish(launched, batch.prediction_positions)
-        kind = PassKind.of(slots, trains)
         tables = [slot.kernel_table for slot in slots if slot.kernel_table is not None]
+        kind = PassKind.of(slots, tables, trains)
         size = pass_size(batch, padded_rank(tables))
         size = self._recorder.choose_size(kind, size)
         context = self._contexts.make(batch, slots, dropout_steps, size)

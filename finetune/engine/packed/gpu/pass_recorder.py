@@ -1,8 +1,8 @@
 """Which passes are recorded, and which recorded pass a batch is computed by.
 
 Recording a pass takes as long as launching its kernels. So a size that is met once is not worth a
-recording, and a batch is padded to a larger size that is there already, until all that was computed
-in vain has cost as much as a recording of its own.
+recording, and a batch is padded to a larger size that is there already, until the padding has cost
+as much as a recording of its own.
 """
 
 import logging
@@ -16,7 +16,7 @@ import torch
 from finetune.console import summary_line
 from finetune.engine.graph_pool import end_recording
 from finetune.engine.packed.batch import PackedBatch
-from finetune.engine.packed.gpu.adapter_tables import are_aligned
+from finetune.engine.packed.gpu.adapter_tables import SlotTable, are_aligned
 from finetune.engine.packed.gpu.blocks import DecoderBlocks
 from finetune.engine.packed.gpu.context import PassContext
 from finetune.engine.packed.gpu.pass_size import PassSize
@@ -48,21 +48,27 @@ class PassKind:
 
     trains: bool
     several_slots: bool
-    """More than one store more blocks."""
+    """Of passes that train: more than one store more blocks."""
     adapted_layers: frozenset[str]
     aligned: bool
     """See `SlotTable.aligned`."""
     has_dropout: bool
 
     @classmethod
-    def of(cls, slots: "Sequence[Slot]", trains: bool) -> "PassKind":
-        """Return the kind of a pass of several slots."""
-        layers: frozenset[str] = frozenset().union(*(slot.adapters for slot in slots))
-        tables = [slot.kernel_table for slot in slots if slot.kernel_table is not None]
+    def of(
+        cls, slots: "Sequence[Slot]", tables: Sequence[SlotTable], trains: bool
+    ) -> "PassKind":
+        """Return the kind of a pass.
+
+        Args:
+            slots: Those of the pass.
+            tables: The slots' tables.
+            trains: Whether a backward pass follows.
+        """
         return cls(
             trains=trains,
-            several_slots=len(slots) > 1,
-            adapted_layers=layers,
+            several_slots=trains and len(slots) > 1,
+            adapted_layers=frozenset().union(*(slot.adapters for slot in slots)),
             aligned=are_aligned(tables),
             has_dropout=trains and any(slot.dropout for slot in slots),
         )
@@ -88,9 +94,11 @@ class PassRecorder:
         self._met: dict[_Key, int] = {}
         """Passes that were computed once, and not recorded yet, with the bytes that they took."""
         self._recorded: OrderedDict[_Key, RecordedPass] = OrderedDict()
-        self._in_vain: Counter[tuple[PassKind, PassSize]] = Counter()
-        """Products that batches of a size have cost because they were padded to a larger one."""
+        self._padding_products: Counter[tuple[PassKind, PassSize]] = Counter()
+        """What batches of a size have cost because they were padded to a larger one."""
         self._pool: PassPool | None = None
+        self._records_evaluations = True
+        """Whether memory was always large enough for it."""
         self.memory = 0
         """Bytes that recorded passes have for themselves."""
 
@@ -104,7 +112,7 @@ class PassRecorder:
         )
 
     def choose_size(self, kind: PassKind, size: PassSize) -> PassSize:
-        """Return the size to which a batch is padded: its own one, or one that was met before.
+        """Return the size to which a batch is padded: its own, or one that was met before.
 
         Args:
             kind: The pass.
@@ -114,11 +122,13 @@ class PassRecorder:
         if chosen is None:
             # It is recorded then.
             chosen = self._smallest(self._met, kind, size) or size
-        in_vain = self._in_vain[kind, size]
-        in_vain += self._products(chosen) - self._products(size)
-        if in_vain > RECORDING_PRODUCTS:
+        products = self._padding_products[kind, size]
+        products += self._products(chosen) - self._products(size)
+        # The added tokens are one row, in which each token attends to those before it.
+        products += (chosen.tokens - size.tokens) ** 2 * self._hidden_size
+        if products > RECORDING_PRODUCTS:
             return size
-        self._in_vain[kind, size] = in_vain
+        self._padding_products[kind, size] = products
         return chosen
 
     def _smallest(
@@ -155,7 +165,10 @@ class PassRecorder:
         memory = self._met.get(key)
         if memory is None:
             return None
-        if not _is_free(memory):
+        if not kind.trains and not self._can_record_evaluation(memory):
+            return None
+        # The backward pass takes more than what the forward pass has left.
+        if kind.trains and not _is_free(2 * memory):
             self.stop()
             log.info("memory is too small for recorded passes, which would be faster")
             return None
@@ -167,6 +180,17 @@ class PassRecorder:
         if len(self._recorded) > MAX_RECORDED:
             self._recorded.popitem(last=False)
         return recorded
+
+    def _can_record_evaluation(self, memory: int) -> bool:
+        """Whether there is memory for an evaluation: mostly that of passes that train.
+
+        Args:
+            memory: Bytes that it takes.
+        """
+        if not any(key.kind.trains for key in self._recorded):
+            return False
+        self._records_evaluations = self._records_evaluations and _is_free(memory)
+        return self._records_evaluations
 
     def remember(
         self,
@@ -221,7 +245,7 @@ class PassRecorder:
         self._is_on = False
         self._recorded.clear()
         self._met.clear()
-        self._in_vain.clear()
+        self._padding_products.clear()
         self._pool = None
         self.memory = 0
         return has_recorded
@@ -244,12 +268,11 @@ class _Key:
 
 
 def _is_free(memory: int) -> bool:
-    """Whether a pass whose activations take so many bytes can be recorded.
+    """Whether so many bytes are free, and some to spare.
 
     Memory cannot be returned to the GPU while a pass is recorded, so it has to be free before.
     """
-    # The backward pass takes more than what the forward pass has left.
-    needed = 2 * memory + SPARE_MEMORY
+    needed = memory + SPARE_MEMORY
     free, _ = torch.cuda.mem_get_info()
     if free < needed:
         torch.cuda.empty_cache()

@@ -117,10 +117,15 @@ def test_a_recorded_evaluation_reads_the_rows_and_slots_of_each_batch(
     monkeypatch.setattr(f"{RECORDING}.PassPool", lambda: pool)
     recorder = slots[0].bank.backends.current._recorder
 
-    evaluate(*cases[0], 5)  # what is met for the first time is not recorded yet
+    for _ in range(3):
+        evaluate(*cases[0], 5)
+    # Not before training: memory of its own would be in no plan.
+    assert not recorder._recorded
+    for _ in range(2):
+        train(slots, LENGTHS, 5)
     results = [evaluate(some, lengths, 5) for some, lengths in cases]
 
-    assert len(recorder._recorded) == 1
+    assert [key.kind.trains for key in recorder._recorded] == [True, False]
     assert not recorder._met
     for evaluations, others in zip(results, expected, strict=True):
         for one, other in zip(evaluations, others, strict=True):
@@ -161,11 +166,11 @@ def test_a_batch_is_padded_to_a_size_that_is_there_while_that_costs_little() -> 
         assert recorder.choose_size(kind, other) == other
     evaluation = dataclasses.replace(kind, trains=False)
     assert recorder.choose_size(evaluation, small) == small
-    # Once more tokens have been added than a recording is worth, it gets a size of its own.
+    # Once the padding has cost more than a recording is worth, it gets a size of its own.
     uses = 1
     while recorder.choose_size(kind, small) == large:
         uses += 1
-    products = 1024 * (weights + 2 * 16 * weights // 1000)
+    products = 1024 * (weights + 2 * 16 * weights // 1000) + 1024**2 * 1000
     assert uses == pass_recorder.RECORDING_PRODUCTS // products
     met(small)
     for _ in range(2 * uses):
@@ -280,7 +285,7 @@ def test_a_recorded_evaluation_is_the_evaluation_that_is_launched(
         launched = [evaluate(some, lengths, 5) for some, lengths in cases]
         trained = train(slots, LENGTHS, 5)
     assert count_recorded() == 0
-    for _ in range(3):
+    for _ in range(4):
         for (some, lengths), evaluations in zip(cases, launched, strict=True):
             assert evaluate(some, lengths, 5) == evaluations
             losses, gradients = train(slots, LENGTHS, 5)
