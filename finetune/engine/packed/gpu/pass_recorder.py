@@ -98,7 +98,7 @@ class PassRecorder:
         """What batches of a size have cost because they were padded to a larger one."""
         self._pool: PassPool | None = None
         self._records_evaluations = True
-        """Whether memory was always large enough for it."""
+        """Whether memory was large enough for each of them."""
         self.memory = 0
         """Bytes that recorded passes have for themselves."""
 
@@ -119,9 +119,10 @@ class PassRecorder:
             size: The smallest size into which the batch fits.
         """
         chosen = self._smallest(self._recorded, kind, size)
-        if chosen is None:
-            # It is recorded then.
-            chosen = self._smallest(self._met, kind, size) or size
+        if chosen is None and self._may_record(kind):
+            # Met again, it is recorded.
+            chosen = self._smallest(self._met, kind, size)
+        chosen = chosen or size
         products = self._padding_products[kind, size]
         products += self._products(chosen) - self._products(size)
         # The added tokens are one row, in which each token attends to those before it.
@@ -163,14 +164,11 @@ class PassRecorder:
             self._recorded.move_to_end(key)
             return recorded
         memory = self._met.get(key)
-        if memory is None:
-            return None
-        if not kind.trains and not self._can_record_evaluation(memory):
+        if memory is None or not self._may_record(kind):
             return None
         # The backward pass takes more than what the forward pass has left.
-        if kind.trains and not _is_free(2 * memory):
-            self.stop()
-            log.info("memory is too small for recorded passes, which would be faster")
+        if not _is_free(2 * memory if kind.trains else memory):
+            self._give_up(kind)
             return None
         recorded = self._record(key, x, context)
         if recorded is None:
@@ -181,16 +179,21 @@ class PassRecorder:
             self._recorded.popitem(last=False)
         return recorded
 
-    def _can_record_evaluation(self, memory: int) -> bool:
-        """Whether there is memory for an evaluation: mostly that of passes that train.
+    def _may_record(self, kind: PassKind) -> bool:
+        """Whether passes of a kind are recorded: evaluations in the memory of passes that train."""
+        if kind.trains:
+            return True
+        return self._records_evaluations and any(
+            key.kind.trains for key in self._recorded
+        )
 
-        Args:
-            memory: Bytes that it takes.
-        """
-        if not any(key.kind.trains for key in self._recorded):
-            return False
-        self._records_evaluations = self._records_evaluations and _is_free(memory)
-        return self._records_evaluations
+    def _give_up(self, kind: PassKind) -> None:
+        """Record passes of a kind no more."""
+        if not kind.trains:
+            self._records_evaluations = False
+            return
+        self.stop()
+        log.info("memory is too small for recorded passes, which would be faster")
 
     def remember(
         self,
