@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.plugins.sweeper import Sweeper
 
-from finetune.compat import import_transformers
+from finetune.compat import fast_imports, import_transformers
 from finetune.console import error_line, exit_code
 from finetune.errors import ConfigError, Interrupted, NoAnswer
 from finetune.files.atomic import read_json
@@ -147,9 +147,11 @@ class StudySweeper(Sweeper):
 
 def _open(draft: "Draft") -> "tuple[Study, Session]":
     """Begin or resume the study of a checked command."""
-    # After the checks, because it takes seconds. First, as others would import slower parts too.
-    import_transformers()
-    from sweeps.study.opening import open_study
+    # After the checks, because it takes seconds.
+    with fast_imports():
+        # First: other modules would import parts of it that nothing here needs.
+        import_transformers()
+        from sweeps.study.opening import open_study
 
     study, session = open_study(draft.session)
     if session.settings.stop_when == "no_gain":

@@ -293,10 +293,10 @@ assert (dequantize_blockwise(packed, state) - row).abs().max() < 0.05
 def test_packages_have_the_distributions_that_python_says() -> None:
     expected = importlib.metadata.packages_distributions()
     with fast_imports():
-        found = importlib.metadata.packages_distributions()
+        listed = importlib.metadata.packages_distributions()
     assert importlib.metadata.packages_distributions() == expected
     for package, distributions in expected.items():
-        assert sorted(found[package]) == sorted(distributions), package
+        assert sorted(listed[package]) == sorted(distributions), package
 
 
 def test_triton_computes_its_key_once() -> None:

@@ -21,6 +21,10 @@ def bases() -> Any:
     return pytest.mark.parametrize("architecture", ["llama", *further(*others)])
 
 
+all_bases = pytest.mark.parametrize(
+    "architecture", [name for name in ARCHITECTURES if name != "phi3"]
+)
+
 LENGTHS = [[3, 14], [8], [5, 6, 7]]
 
 
@@ -63,6 +67,17 @@ def repeating_pool() -> Any:
     return RepeatingPool()
 
 
+def record_on_cpu(slots: list[Any], monkeypatch: Any) -> Any:
+    """Let the bank of slots record its passes without a GPU, and return its recorder."""
+    monkeypatch.setattr(f"{RECORDER}.is_worthwhile", lambda *_: True)
+    monkeypatch.setattr(f"{RECORDING}._is_free", lambda memory: True)
+    # The interpreter's time grows with the tokens.
+    monkeypatch.setattr("finetune.engine.packed.gpu.pass_size.MIN_STEP", 16)
+    pool = repeating_pool()
+    monkeypatch.setattr(f"{RECORDING}.PassPool", lambda: pool)
+    return slots[0].bank.backends.current._recorder
+
+
 @pytest.mark.slow
 @bases()
 def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
@@ -78,13 +93,7 @@ def test_a_recorded_pass_reads_the_rows_and_slots_of_each_batch(
         (slots[:2], [[4], [3]]),
     ]
     expected = [train(some, lengths, 5) for some, lengths in cases]
-    monkeypatch.setattr(f"{RECORDER}.is_worthwhile", lambda *_: True)
-    monkeypatch.setattr(f"{RECORDING}._is_free", lambda memory: True)
-    # The interpreter's time grows with the tokens.
-    monkeypatch.setattr("finetune.engine.packed.gpu.pass_size.MIN_STEP", 16)
-    pool = repeating_pool()
-    monkeypatch.setattr(f"{RECORDING}.PassPool", lambda: pool)
-    recorder = slots[0].bank.backends.current._recorder
+    recorder = record_on_cpu(slots, monkeypatch)
 
     train(*cases[0], 5)  # what is met for the first time is not recorded yet
     results = [train(some, lengths, 5) for some, lengths in cases]
@@ -109,13 +118,7 @@ def test_a_recorded_evaluation_reads_the_rows_and_slots_of_each_batch(
     slots = make_slots(tiny, folder, dropout=0.3, saves=False)
     cases = [(slots, [[3, 7], [4], [6]]), (slots[1::-1], [[15, 2], [10]])]
     expected = [evaluate(some, lengths, 5) for some, lengths in cases]
-    monkeypatch.setattr(f"{RECORDER}.is_worthwhile", lambda *_: True)
-    monkeypatch.setattr(f"{RECORDING}._is_free", lambda memory: True)
-    # The interpreter's time grows with the tokens.
-    monkeypatch.setattr("finetune.engine.packed.gpu.pass_size.MIN_STEP", 16)
-    pool = repeating_pool()
-    monkeypatch.setattr(f"{RECORDING}.PassPool", lambda: pool)
-    recorder = slots[0].bank.backends.current._recorder
+    recorder = record_on_cpu(slots, monkeypatch)
 
     for _ in range(3):
         evaluate(*cases[0], 5)
@@ -221,9 +224,7 @@ def count_recorded(monkeypatch: Any) -> Callable[[], int]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("saves", [True, False])
-@pytest.mark.parametrize(
-    "architecture", [name for name in ARCHITECTURES if name != "phi3"]
-)
+@all_bases
 def test_a_recorded_pass_is_the_pass_that_is_launched(
     architecture: str,
     saves: bool,
@@ -259,9 +260,7 @@ def test_a_recorded_pass_is_the_pass_that_is_launched(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "architecture", [name for name in ARCHITECTURES if name != "phi3"]
-)
+@all_bases
 def test_a_recorded_evaluation_is_the_evaluation_that_is_launched(
     architecture: str,
     tiny: Any,
