@@ -73,9 +73,7 @@ def run_command(command: Callable[[], object]) -> None:
         _hide_download_bars()
     with raised_interrupts() as raised:
         try:
-            command()
-            # Here, where a reader that has gone can be noticed, and not when the process ends.
-            print(end="", flush=True)
+            _run_and_flush(command)
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, BrokenPipeError) and _has_lost_reader():
                 return
@@ -85,6 +83,20 @@ def run_command(command: Callable[[], object]) -> None:
             else:
                 print(f"error: {error_line(cause)}", file=sys.stderr)
             sys.exit(exit_code(cause))
+
+
+def _run_and_flush(command: Callable[[], object]) -> None:
+    """Run a command, and write what it has printed.
+
+    Not when the process ends, because then nobody notices that the reader has gone.
+    """
+    try:
+        command()
+    except SystemExit:
+        # As Hydra ends `--help`.
+        print(end="", flush=True)
+        raise
+    print(end="", flush=True)
 
 
 def exit_code(error: BaseException) -> int:

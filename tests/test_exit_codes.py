@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.commands import Station, wait_until
@@ -122,7 +123,9 @@ def test_a_study_of_failed_trials_has_no_answer(
 @pytest.mark.parametrize("words", ["--cfg job", "--help"])
 def test_a_reader_that_has_seen_enough_is_no_error(words: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "finetune", *words.split()]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # Else nothing would be left to write when the process ends.
+    pipes["env"] = {**os.environ, "PYTHONUNBUFFERED": ""}
     with subprocess.Popen(command, cwd=tmp_path, text=True, **pipes) as process:
         assert process.stdout is not None
         assert process.stderr is not None
