@@ -102,6 +102,9 @@ def import_transformers() -> None:
     """Import torch and what of transformers loads models, in less time. Neither looks for GPUs."""
     with fast_imports(), _without_scipy():
         importlib.import_module("transformers.models.auto.modeling_auto")
+        # Its classes of models, which some versions import late.
+        importlib.import_module("transformers.modeling_utils")
+        importlib.import_module("transformers.generation.utils")
 
 
 @contextlib.contextmanager

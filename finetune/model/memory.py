@@ -27,12 +27,6 @@ _WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 """Files that have a buffer."""
 
 
-def collect_garbage() -> None:
-    """Collect unreachable objects, and return freed host memory to the system."""
-    gc.collect()
-    trim_heap()
-
-
 @functools.cache
 def freeze_libraries() -> None:
     """Keep the garbage collector from visiting what is imported by now, for the process's life.
@@ -67,7 +61,8 @@ def free_memory() -> None:
     """Collect unreachable objects; return host and GPU memory to the system."""
     import torch
 
-    collect_garbage()
+    gc.collect()
+    trim_heap()
     # PyTorch keeps freed GPU memory for itself. What is to be released must be unreachable by now.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

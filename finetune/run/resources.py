@@ -5,7 +5,9 @@ trial of a study neither reads nor loads anything.
 """
 
 import contextlib
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ from finetune.data.tokens import tokenize
 from finetune.data.types import Prompt, Row
 from finetune.files.run_folder import Metrics
 from finetune.metrics.labels import LabelledRows, Labels, find_labels
+from finetune.model.heap import trim_heap
 from finetune.model.source import BaseSource, find_base
 from finetune.run.cached import Cached
 from finetune.run.evaluation_work import Work, task_work
@@ -282,8 +285,6 @@ class SharedResources:
         The adapter is initialised by another thread: a run that calls the function one step later
         lets the others train meanwhile.
         """
-        from finetune.model.memory import collect_garbage
-
         bank = self.bank(config)
         lora = config.lora
         seed = config.seed
@@ -299,12 +300,17 @@ class SharedResources:
             yield create
         finally:
             bank.slots_in_use -= 1
+            ended = [weakref.ref(slot) for slot in slots]
             # Emptied, as the caller may still have the function.
             while slots:
                 bank.slots.remove(slots.pop())
             adapter.cancel()
             del adapter, bank
-            collect_garbage()  # the GPU's memory stays reserved for the next slot
+            # The GPU's memory stays reserved for the next slot. A collection would visit the
+            # adapters of all slots, which takes 0.3 s with 16 of them on 200 layers.
+            if any(slot() is not None for slot in ended):
+                gc.collect()
+            trim_heap()
 
     @contextlib.contextmanager
     def model(self, config: RunConfig) -> "Iterator[PeftModel]":

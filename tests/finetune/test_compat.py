@@ -290,6 +290,22 @@ assert (dequantize_blockwise(packed, state) - row).abs().max() < 0.05
     assert done.returncode == 0, done.stderr
 
 
+def test_a_study_begins_without_scipy() -> None:
+    code = """
+import sys
+from finetune.compat import import_transformers
+
+import_transformers()
+import sweeps.study.opening
+
+assert "transformers.modeling_utils" in sys.modules
+assert not {"scipy", "sklearn", "bitsandbytes"} & set(sys.modules)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_packages_have_the_distributions_that_python_says() -> None:
     expected = importlib.metadata.packages_distributions()
     with fast_imports():

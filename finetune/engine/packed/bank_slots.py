@@ -75,8 +75,13 @@ class BankSlots:
         return slot
 
     def remove(self, slot: Slot) -> None:
-        """Leave a slot's place to the next one."""
+        """Leave a slot's place, and the modules of its adapter, to the next one.
+
+        Nobody may use the slot any more.
+        """
         self._counts[slot.device] -= 1
+        slot.release_weights()
+        self._adapters.take_back(slot.model)
 
     def _borrows_blocks(self) -> bool:
         """Whether each GPU computes all blocks for slots of its own; ends with a failed probe."""

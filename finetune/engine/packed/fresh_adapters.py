@@ -48,6 +48,10 @@ class FreshAdapters:
         load_initial_adapter(model, lora)
         return model
 
+    def take_back(self, model: "PeftModel") -> None:
+        """Let a later adapter reuse the modules of one that nobody uses any more."""
+        self._templates.take_back(model)
+
     def _skeleton(self) -> "PreTrainedModel":
         """A model of the base's shapes that takes next to no memory."""
         config = copy.deepcopy(self._base_config)

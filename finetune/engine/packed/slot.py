@@ -175,6 +175,11 @@ class Slot:
         finally:
             self._bind_model(self._views)
 
+    def release_weights(self) -> None:
+        """Let the model, which may live on, have no part of the slot's memory."""
+        nothing = torch.empty(0)
+        self._bind_model([nothing] * len(self.parameters))
+
     def refresh_weights(self) -> None:
         """Copy the weights to where products read them, in the dtype of products."""
         # In place, because the adapters' views and the kernels' addresses are of this memory.

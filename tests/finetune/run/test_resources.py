@@ -285,13 +285,9 @@ def test_the_end_of_a_process_visits_nothing_and_loses_nothing(tmp_path: Path) -
 
 
 def test_what_is_let_go_leaves_memory(tiny: Tiny) -> None:
-    """A base while it is kept, and no longer; a slot on it when it ends. The libraries are out of the
-    garbage collector's sight all the time."""
-    from finetune.model.memory import (
-        collect_garbage,
-        free_memory,
-        unfreeze_libraries,
-    )
+    """A base while it is kept, and no longer; the libraries are out of the garbage collector's
+    sight all the time."""
+    from finetune.model.memory import free_memory, unfreeze_libraries
 
     unfreeze_libraries()
     assert gc.get_freeze_count() == 0
@@ -300,10 +296,37 @@ def test_what_is_let_go_leaves_memory(tiny: Tiny) -> None:
         model = weakref.ref(place().model)
     base = weakref.ref(resources.bank(config).base)
     del place
-    collect_garbage()
-    assert model() is None
+    gc.collect()
     assert base() is not None
     del resources
     free_memory()
     assert base() is None
+    assert model() is None
     assert gc.get_freeze_count() > 100_000
+
+
+def test_a_slot_leaves_memory_when_it_ends(tiny: Tiny, monkeypatch: Any) -> None:
+    """No collection visits the adapters of other slots; one does where the slot is in a cycle."""
+    resources, config = SharedResources(), tiny(*RUN)
+    resources.bank(config)
+    collections: list[int] = []
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda: collections.append(collect()))
+    for is_in_cycle in (False, True, False):
+        gc.disable()
+        try:
+            with resources.slot(config) as place:
+                slot = place()
+                memory = weakref.ref(slot.vector.untyped_storage())
+                model, vector = slot.model, weakref.ref(slot.vector)
+                if is_in_cycle:
+                    slot.itself = slot
+                del slot
+        finally:
+            gc.enable()
+        assert vector() is None
+        assert memory() is None
+        # Its modules are left to a later slot.
+        assert {w.numel() for w in model.parameters() if w.requires_grad} == {0}
+        assert len(collections) == is_in_cycle
+        collections.clear()

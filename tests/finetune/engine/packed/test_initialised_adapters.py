@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,6 +163,36 @@ def test_a_slot_copies_shared_weights(tiny: Tiny) -> None:
     begun = slot.vector.clone()
     slot.vector.add_(1)
     assert torch.equal(bank.slots.create(lora, 0).vector, begun)
+
+
+@pytest.mark.parametrize("shares_weights", [False, True])
+@pytest.mark.parametrize(
+    "name", sorted(SETTINGS.keys() - {"patterns", "DoRA", "biases"})
+)
+def test_an_adapter_on_the_modules_of_an_ended_run_is_pefts_too(
+    name: str, shares_weights: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    import torch
+
+    from finetune.model.adapter import add_adapter
+    from finetune.model.adapter_templates import AdapterTemplates
+
+    bank = make_bank("Llama", tiny)
+    bank.adapters._templates = AdapterTemplates(bank.adapters._skeleton, shares_weights)
+    first = tiny(*SETTINGS[name], "lora.r=9", "lora.alpha=7", "lora.dropout=0.3").lora
+    slot = bank.slots.create(first, 4)
+    model = slot.model
+    with torch.no_grad():
+        slot.vector.normal_()
+    # What a run does with its model.
+    with slot.weights_on_cpu(None):
+        model.save_pretrained(tmp_path)
+    bank.slots.remove(slot)
+    lora = tiny(*SETTINGS[name]).lora
+    later = bank.adapters.create(lora, 4)
+    assert later is model
+    require_same(later, add_adapter(bank.adapters._skeleton(), lora, 4))
+    assert bank.adapters.create(lora, 4) is not model
 
 
 class Wrapper:
