@@ -246,12 +246,12 @@ def _count(
 
 
 def _packed_head(base: BaseShape, answers: int) -> int:
-    """Hidden states and their gradients, and of one chunk logits and probabilities in float32."""
+    """Hidden states and their gradients, and the logits of one chunk in float32."""
     chunk = chunk_size(answers, AutogradBackend.logits_chunk) if answers else 0
     rounded = base.element if base.element < 4 else 0
     # Of capped logits a copy is kept for their gradient.
     copied = 4 if base.caps_logits else 0
-    logits = chunk * base.vocabulary * (4 + 4 + rounded + copied)
+    logits = chunk * base.vocabulary * (4 + rounded + copied)
     return 2 * answers * base.layer.hidden * base.element + logits
 
 

@@ -116,8 +116,7 @@ def logits_bytes(shapes: Any, uses_decoder: bool, half_precision: bool) -> int:
 
     Args:
         shapes: The base's text config.
-        uses_decoder: Whether the GPU's decoder computes; else autograd does, which also has the
-            chunk and its softmax in float32.
+        uses_decoder: Whether the GPU's decoder computes; else autograd does, in float32.
         half_precision: Whether the base computes in 16 bits.
     """
     vocabulary: int = shapes.vocab_size
@@ -128,9 +127,9 @@ def logits_bytes(shapes: Any, uses_decoder: bool, half_precision: bool) -> int:
         return Decoder.count_logits_bytes(shapes, logit_bytes)
     # Of capped logits a copy is kept for their gradient.
     copied = logit_bytes if logit_transform_of(shapes).cap is not None else 0
-    float32_bytes = 4 + 4
-    logit_bytes = float32_bytes + 2 if half_precision else float32_bytes
-    return int(AutogradBackend.logits_chunk * vocabulary * (logit_bytes + copied))
+    # Those in 16 bits are copied to float32.
+    rounded = logit_bytes if half_precision else 0
+    return int(AutogradBackend.logits_chunk * vocabulary * (4 + rounded + copied))
 
 
 def adapted_layers(model: Any) -> set[str]:

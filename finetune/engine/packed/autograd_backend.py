@@ -156,21 +156,22 @@ class AutogradBackend:
         """See `Backend.score`."""
         # In 16 bits the sum over the vocabulary would be rounded too much.
         logits = logits.float()
+        if with_gradient:
+            # Not used then: finding the likeliest token would read the logits once more.
+            correct = torch.ones_like(targets, dtype=torch.bool)
+        else:
+            correct = logits.argmax(-1) == targets
         target_columns = targets[:, None]
-        log_probabilities = torch.log_softmax(logits, -1)
-        log_likelihoods = log_probabilities.gather(-1, target_columns)
-        losses = -log_likelihoods[:, 0]
+        # All in the logits' place, which are by far the largest tensors: the system takes longer
+        # to give new memory than the computation.
+        log_probabilities = torch.log_softmax(logits, -1, out=logits)
+        losses = -log_probabilities.gather(-1, target_columns)[:, 0]
         if not with_gradient:
-            return losses, logits.argmax(-1) == targets, None
-        # Makes room for the gradient.
-        del logits
-        # The gradient is the probabilities, minus 1 at the target. In place, because logits are by
-        # far the largest tensors.
+            return losses, correct, None
+        # The gradient is the probabilities, minus 1 at the target.
         gradient = log_probabilities.exp_()
         minus_one = gradient.new_full((1, 1), -1)
         gradient.scatter_add_(-1, target_columns, minus_one.expand(len(targets), 1))
-        # Not used with a gradient: finding the likeliest token would read the logits once more.
-        correct = torch.ones_like(targets, dtype=torch.bool)
         return losses, correct, gradient
 
     @contextlib.contextmanager

@@ -43,10 +43,17 @@ class _Bucket:
     """[spans, 1, queries, 1], from the first token of the span's prefix."""
     key_positions: torch.Tensor
     """[keys]; those of padding come after a span's last query."""
+    has_prefix: bool
+    """Whether a span sees keys before it."""
     masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(
         default_factory=dict
     )
     """The masks that layers have asked for, by their window and type."""
+
+    def is_causal(self, window: int | None) -> bool:
+        """Whether each query sees its span's tokens up to itself, and nothing else."""
+        sees_all = window is None or window >= self.queries.shape[1]
+        return sees_all and not self.has_prefix
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Return 0 where a query attends to a key, else minus infinity [spans, 1, queries, keys].
@@ -74,6 +81,8 @@ class Buckets:
     buckets: list[_Bucket]
     output_indices: torch.Tensor
     """Where the output of each token is in the buckets' outputs, one after another [tokens]."""
+    is_in_order: bool
+    """Whether the only bucket has the batch's tokens as they are: spans of the same length."""
 
 
 def make_buckets(spans: list[Span], tokens: int, device: torch.device) -> Buckets:
@@ -95,7 +104,12 @@ def make_buckets(spans: list[Span], tokens: int, device: torch.device) -> Bucket
             output_indices[span.start : span.stop] = indices
         buckets.append(_make_bucket(group, device))
         offset += len(group) * longest
-    return Buckets(buckets, output_indices.to(device))
+    is_in_order = offset == tokens and not any(span.prefix_length for span in spans)
+    return Buckets(
+        buckets,
+        output_indices.to(device),
+        is_in_order=is_in_order and len(buckets) == 1,
+    )
 
 
 def padded_sizes(spans: list[Span]) -> tuple[int, int, int]:
@@ -148,6 +162,7 @@ def _make_bucket(spans: list[Span], device: torch.device) -> _Bucket:
         # One mask for all heads.
         query_positions=query_positions[:, None].to(device),
         key_positions=torch.arange(key_count, device=device),
+        has_prefix=any(span.prefix_length for span in spans),
     )
 
 
@@ -170,36 +185,31 @@ def attend_padded(
     Returns:
         [tokens, heads, value_dim].
     """
-    tokens, heads, head_dim = query.shape
-    value_dim = value.shape[-1]
-    flat_query = query.reshape(tokens, -1)
-    flat_key = key.reshape(tokens, -1)
-    flat_value = value.reshape(tokens, -1)
+    tokens, heads, _ = query.shape
     outputs = []
     for bucket in buckets.buckets:
-        bucket_query = _gather(flat_query, bucket.queries, head_dim)
-        bucket_key = _gather(flat_key, bucket.keys, head_dim)
-        bucket_value = _gather(flat_value, bucket.keys, value_dim)
+        gather = _view_in_order if buckets.is_in_order else _gather
         output = _attend(
-            bucket_query,
-            _repeat_heads(bucket_key, heads),
-            _repeat_heads(bucket_value, heads),
-            bucket.mask(scores.window, query.dtype),
+            gather(query, bucket.queries),
+            _repeat_heads(gather(key, bucket.keys), heads),
+            _repeat_heads(gather(value, bucket.keys), heads),
+            bucket,
             scores,
         )
         outputs.append(_join_heads(output))
     # `torch.cat` would copy a single output.
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    # Leaves out the outputs of padding.
-    output = embedding(buckets.output_indices, joined)
-    return output.view(tokens, heads, value_dim)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if not buckets.is_in_order:
+        # Leaves out the outputs of padding.
+        output = embedding(buckets.output_indices, output)
+    return output.view(tokens, heads, -1)
 
 
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    bucket: _Bucket,
     scores: Scores,
 ) -> torch.Tensor:
     """Compute the attention of a bucket.
@@ -208,25 +218,28 @@ def _attend(
         query: [spans, heads, queries, head_dim].
         key: [spans, heads, keys, head_dim].
         value: [spans, heads, keys, value_dim].
-        mask: Added to the scores [spans, 1, queries, keys].
+        bucket: The bucket.
         scores: What is peculiar to the layer.
 
     Returns:
         [spans, heads, queries, value_dim].
     """
     if scores.softcap is None and scores.sinks is None:
+        # Without a mask PyTorch leaves out the keys behind a block of queries.
+        is_causal = bucket.is_causal(scores.window)
         return scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=mask,
+            attn_mask=None if is_causal else bucket.mask(scores.window, query.dtype),
+            is_causal=is_causal,
             scale=scores.scale,
         )
     scale = query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
     logits = query @ key.transpose(-2, -1) * scale
     if scores.softcap is not None:
         logits = torch.tanh(logits / scores.softcap) * scores.softcap
-    logits = logits + mask
+    logits = logits + bucket.mask(scores.window, query.dtype)
     if scores.sinks is not None:
         sinks = scores.sinks.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, sinks.to(logits.dtype)], -1)
@@ -246,20 +259,18 @@ def stored_scores(decoder: Any) -> int:
     return 1 if has_sinks else 0
 
 
-def _gather(states: torch.Tensor, indices: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Gather a bucket's tokens: [tokens, heads · head_dim] to [spans, heads, length, head_dim].
+def _gather(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Gather a bucket's tokens: [tokens, heads, head_dim] to [spans, heads, length, head_dim].
 
     The gradient of `embedding` sums over the rows that share a prefix.
     """
-    spans, length = indices.shape
-    padded = embedding(indices, states)
-    heads = padded.view(
-        spans,
-        length,
-        -1,
-        head_dim,
-    )
-    return heads.transpose(1, 2)
+    padded = embedding(indices, states.flatten(1))
+    return padded.view(*indices.shape, *states.shape[1:]).transpose(1, 2)
+
+
+def _view_in_order(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Do what `_gather` does with the indices of all tokens in order, without a copy."""
+    return states.view(*indices.shape, *states.shape[1:]).transpose(1, 2)
 
 
 def _join_heads(output: torch.Tensor) -> torch.Tensor:

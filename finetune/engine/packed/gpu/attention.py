@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 import triton
 
@@ -54,8 +55,8 @@ class Tiling:
 
 # The fastest on an H200 that an RTX 4090's 99 KiB of shared memory allow.
 TILINGS = {
-    64: Tiling(64, forward=Steps(32, 3), query=Steps(32, 3), key=Steps(32, 2)),
-    128: Tiling(64, forward=Steps(64, 2), query=Steps(32, 2), key=Steps(64, 1)),
+    64: Tiling(64, forward=Steps(32, 3), query=Steps(32, 2), key=Steps(32, 2)),
+    128: Tiling(64, forward=Steps(64, 2), query=Steps(32, 2), key=Steps(32, 1)),
     256: Tiling(32, forward=Steps(32, 2), query=Steps(32, 2), key=Steps(32, 2)),
     # With 4 warps, results would not fit into the registers.
     512: Tiling(
@@ -98,20 +99,53 @@ class SpanTables:
         self.spans = to_device(span_rows, device)
         """For each span: start, stop, prefix start, prefix stop, and one past the last token that
         attends to the span [spans, 5]."""
-        self.blocks: dict[int, torch.Tensor] = {}
-        """By the tokens of a block, for each block: its span and its first token [blocks, 2]."""
+        self.query_blocks: dict[int, torch.Tensor] = {}
+        """By the tokens of a block, for each block: its span and its first token [blocks, 2]. Those
+        that see most keys come first, so that no program begins late that takes long."""
+        self.key_blocks: dict[int, torch.Tensor] = {}
+        """The same blocks; those that most queries see come first."""
         ranges = [(span.start, span.stop) for span in spans]
         for block in {tiling_of(head_dim).block for head_dim in head_dims}:
             rows = block_rows(ranges, block)
-            if size:
-                no_block = [size.spans - 1, 0]
-                rows = padded_rows(rows, size.blocks(block), no_block)
-            self.blocks[block] = to_device(rows, device)
+            by_keys, by_queries = _block_orders(rows.numpy(), span_rows.numpy())
+            for tables, order in (
+                (self.query_blocks, by_keys),
+                (self.key_blocks, by_queries),
+            ):
+                table = rows[order]
+                if size:
+                    no_block = [size.spans - 1, 0]
+                    table = padded_rows(table, size.blocks(block), no_block)
+                tables[block] = to_device(table, device)
         self.position_ids = position_ids.to(torch.int32)
 
     def tensors(self) -> list[torch.Tensor]:
         """What differs between two passes of the same size."""
-        return [self.spans, *self.blocks.values(), self.position_ids]
+        blocks = [*self.query_blocks.values(), *self.key_blocks.values()]
+        return [self.spans, *blocks, self.position_ids]
+
+
+def _block_orders(
+    blocks: numpy.ndarray, spans: numpy.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order blocks of tokens by how many keys they see, and by how many queries see them.
+
+    Args:
+        blocks: [blocks, 2], without added rows.
+        spans: [spans, 5].
+
+    Returns:
+        The numbers of the blocks in either order, the most first.
+    """
+    first = blocks[:, 1]
+    start, _, prefix_start, prefix_stop, last_reader = spans[blocks[:, 0]].T
+    keys = first - start + prefix_stop - prefix_start
+    queries = last_reader - first
+    by_keys, by_queries = (
+        torch.from_numpy(numpy.argsort(-work, kind="stable"))
+        for work in (keys, queries)
+    )
+    return by_keys, by_queries
 
 
 def _span_rows(spans: Sequence[Span]) -> list[tuple[int, int, int, int, int]]:
@@ -174,7 +208,7 @@ def attention(
     window_tokens = 0 if window is None else window
     group_size = heads // key.shape[1]
     tiling = tiling_of(head_dim)
-    blocks = tables.blocks[tiling.block]
+    blocks = tables.query_blocks[tiling.block]
     arguments = (
         query, key, value, output, log_sum_exp, tables.position_ids, blocks, tables.spans,
         scale * LOG2_E, tokens, query.stride(0), key.stride(0), heads, group_size, head_dim,
@@ -228,15 +262,17 @@ def attention_backward(
     # Any tensors, where the kernels don't read them.
     cos, sin = rotation or (query, query)
     tiling = tiling_of(head_dim)
-    blocks = tables.blocks[tiling.block]
-    shared_arguments = (
+    inputs = (
         cos, sin, query, trace.key, trace.value, grad_output, trace.log_sum_exp, output_grad_sum,
-        tables.position_ids, blocks, tables.spans,
-        trace.scale * LOG2_E, trace.scale, tokens, query.stride(0), trace.key.stride(0), heads,
-        heads // key_heads, head_dim, trace.window,
+        tables.position_ids,
+    )  # fmt: skip
+    sizes = (
+        tables.spans, trace.scale * LOG2_E, trace.scale, tokens, query.stride(0),
+        trace.key.stride(0), heads, heads // key_heads, head_dim, trace.window,
     )  # fmt: skip
     constants = _constants(head_dim, trace.window, tiling, tiling.query)
-    query_arguments = (grad_query, trace.output, *shared_arguments)
+    blocks = tables.query_blocks[tiling.block]
+    query_arguments = (grad_query, trace.output, *inputs, blocks, *sizes)
     launch(
         attention_backward_query_kernel,
         (len(blocks), heads, 1),
@@ -246,7 +282,8 @@ def attention_backward(
         tiling.query.stages,
     )
     constants = _constants(head_dim, trace.window, tiling, tiling.key)
-    key_arguments = (grad_key, grad_value, *shared_arguments)
+    blocks = tables.key_blocks[tiling.block]
+    key_arguments = (grad_key, grad_value, *inputs, blocks, *sizes)
     # A program for each key head: it sums over the query heads that share it.
     launch(
         attention_backward_key_value_kernel,

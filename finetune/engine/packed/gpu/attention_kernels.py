@@ -2,8 +2,9 @@
 
 Written after the fused attention of Triton's tutorials. A program of the forward kernel and of the
 queries' backward kernel owns a block of queries and goes over the keys that these see: the shared
-prefix, then the span up to the block. A program of the keys' backward kernel owns a block of keys
-and goes over the queries that see them: the rest of the span, then the spans that share it.
+prefix, then the span up to the end of the block. A program of the keys' backward kernel owns a
+block of keys and goes over the queries that see them: the rest of the span, then the spans that
+share it. STEP, the tokens of one step, divides BLOCK: those before a block are whole steps.
 
 Scores are scaled by LOG2_E as well, because a GPU computes 2 ** x faster than exp(x). Products get
 `input_precision="ieee"`: Triton would otherwise round float32 operands to TF32.
@@ -129,40 +130,44 @@ def _attention_mask(
 
 @triton.jit
 def _load_keys(
-    key, value, position_ids, first, end, query_positions, key_stride, group_size, head, head_dim,
-    columns, window,
-    WINDOW: tl.constexpr, STEP: tl.constexpr,
+    key, value, tokens, token_mask, key_stride, group_size, head, head_dim, columns,
 ):  # fmt: skip
-    """The keys and values from a token on, and which of them each query sees."""
-    tokens = first + tl.arange(0, STEP)
-    token_mask = tokens < end
+    """The keys and values of some tokens."""
     key_head = head // group_size
     keys = _load_head(key, tokens, key_stride, key_head, head_dim, columns, token_mask)
     values = _load_head(
         value, tokens, key_stride, key_head, head_dim, columns, token_mask
     )
+    return keys, values
+
+
+@triton.jit
+def _visible_keys(
+    position_ids, query_positions, tokens, token_mask, window,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Which keys each query sees [queries, keys]."""
     key_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
-    visible = _attention_mask(
+    return _attention_mask(
         query_positions[:, None],
         key_positions[None, :],
         token_mask[None, :],
         window,
         WINDOW,
     )
-    return keys, values, visible
 
 
 @triton.jit
-def _softmax_step(scores, maximum, denominator):
+def _softmax_step(scores, scale, maximum, denominator):
     """Go over further scores of an online softmax (Milakov and Gimelshein, 2018).
 
     Returns the new maximum and denominator, the weights of these scores, and the factor by which
     the weights of earlier scores shrink.
     """
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
     # A query that sees no key yet has the maximum -inf, and -inf - -inf would be NaN.
     finite_maximum = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
-    weights = tl.exp2(scores - finite_maximum[:, None])
+    weights = tl.exp2(scores * scale - finite_maximum[:, None])
     rescale = tl.exp2(maximum - finite_maximum)
     denominator = denominator * rescale + tl.sum(weights, 1)
     return new_maximum, denominator, weights, rescale
@@ -189,23 +194,32 @@ def attention_kernel(
     maximum = tl.full((BLOCK,), -float("inf"), tl.float32)
     denominator = tl.zeros((BLOCK,), tl.float32)
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    # The shared prefix, then the span itself. No query sees a key behind its block.
-    for section in tl.static_range(2):
+    # The shared prefix, the span before the block, and the block itself. No query sees a key behind
+    # its block, and without a window all see those before it.
+    for section in tl.static_range(3):
         if section == 0:
             begin = prefix_start
             end = prefix_stop
-        else:
+        elif section == 1:
             begin = start
+            end = first
+        else:
+            begin = first
             end = tl.minimum(first + BLOCK, stop)
         for key_token in range(begin, end, STEP):
-            keys, values, visible = _load_keys(
-                key, value, position_ids, key_token, end, query_positions, key_stride,
-                group_size, head, head_dim, columns, window, WINDOW, STEP
+            key_tokens = key_token + tl.arange(0, STEP)
+            key_mask = key_tokens < end
+            keys, values = _load_keys(
+                key, value, key_tokens, key_mask, key_stride, group_size, head, head_dim, columns
             )  # fmt: skip
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-            scores = tl.where(visible, scores, -float("inf"))
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            if section != 1 or WINDOW:
+                visible = _visible_keys(
+                    position_ids, query_positions, key_tokens, key_mask, window, WINDOW
+                )
+                scores = tl.where(visible, scores, -float("inf"))
             maximum, denominator, weights, rescale = _softmax_step(
-                scores, maximum, denominator
+                scores, scale, maximum, denominator
             )
             # Earlier weights were relative to an earlier maximum.
             rescaled = result * rescale[:, None]
@@ -273,23 +287,31 @@ def attention_backward_query_kernel(
     grad_sums = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)
     tl.store(output_grad_sum + first_query + tokens, grad_sums, mask=token_mask)
     result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    # The shared prefix, then the span itself. No query sees a key behind its block.
-    for section in tl.static_range(2):
+    # The shared prefix, the span before the block, and the block itself. No query sees a key behind
+    # its block, and without a window all see those before it.
+    for section in tl.static_range(3):
         if section == 0:
             begin = prefix_start
             end = prefix_stop
-        else:
+        elif section == 1:
             begin = start
+            end = first
+        else:
+            begin = first
             end = tl.minimum(first + BLOCK, stop)
         for key_token in range(begin, end, STEP):
-            keys, values, visible = _load_keys(
-                key, value, position_ids, key_token, end, query_positions, key_stride,
-                group_size, head, head_dim, columns, window, WINDOW, STEP
+            key_tokens = key_token + tl.arange(0, STEP)
+            key_mask = key_tokens < end
+            keys, values = _load_keys(
+                key, value, key_tokens, key_mask, key_stride, group_size, head, head_dim, columns
             )  # fmt: skip
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-            log_weights = tl.where(
-                visible, scores - query_log_sum_exp[:, None], -float("inf")
-            )
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            log_weights = scores * scale - query_log_sum_exp[:, None]
+            if section != 1 or WINDOW:
+                visible = _visible_keys(
+                    position_ids, query_positions, key_tokens, key_mask, window, WINDOW
+                )
+                log_weights = tl.where(visible, log_weights, -float("inf"))
             # The stored log-sum-exp gives the softmax at once, so nothing has to be rescaled here.
             weights = tl.exp2(log_weights)
             # Through the softmax: each weight times its gradient's distance from the row's mean.
@@ -311,13 +333,10 @@ def attention_backward_query_kernel(
 
 @triton.jit
 def _load_queries(
-    query, grad_output, log_sum_exp, output_grad_sum, position_ids, first, end, key_positions,
-    key_mask, token_count, query_stride, heads, head, head_dim, columns, window,
-    WINDOW: tl.constexpr, STEP: tl.constexpr,
+    query, grad_output, log_sum_exp, output_grad_sum, tokens, token_mask, token_count,
+    query_stride, heads, head, head_dim, columns,
 ):  # fmt: skip
-    """The queries from a token on, their outputs' gradients, and which of them see each key."""
-    tokens = first + tl.arange(0, STEP)
-    token_mask = tokens < end
+    """Some queries, their outputs' gradients, and two numbers of each: zeros beyond the mask."""
     queries = _load_head(
         query, tokens, query_stride, head, head_dim, columns, token_mask
     )
@@ -332,16 +351,7 @@ def _load_queries(
     grad_sums = tl.load(
         output_grad_sum + first_query + tokens, mask=token_mask, other=0.0
     )
-    query_positions = _load_positions(position_ids, tokens, token_mask, WINDOW)
-    mask = token_mask[None, :] & key_mask[:, None]
-    visible = _attention_mask(
-        query_positions[None, :],
-        key_positions[:, None],
-        mask,
-        window,
-        WINDOW,
-    )
-    return queries, grads, query_log_sum_exp, grad_sums, visible
+    return queries, grads, query_log_sum_exp, grad_sums
 
 
 # Not specialised: numbers of tokens that are multiples of 16 would be compiled separately.
@@ -368,27 +378,40 @@ def attention_backward_key_value_kernel(
     key_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     value_result = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     first_head = key_head * group_size
+    block_stop = tl.minimum(first + BLOCK, stop)
     # All query heads that share the keys in one program: no two add to the same gradient.
     for head in range(first_head, first_head + group_size):
-        # The span from here on, then the rows that share it.
+        # The block itself; then the rest of the span and the rows that share it, whose queries see
+        # all keys without a window. Beyond the last query gradients are zeros, and add nothing.
         for section in tl.static_range(2):
             if section == 0:
                 begin = first
-                end = stop
+                end = block_stop
             else:
-                begin = stop
+                begin = block_stop
                 end = last_reader
             for query_token in range(begin, end, STEP):
-                queries, grads, query_log_sum_exp, grad_sums, visible = _load_queries(
-                    query, grad_output, log_sum_exp, output_grad_sum, position_ids, query_token,
-                    end, key_positions, token_mask, token_count, query_stride, heads, head,
-                    head_dim, columns, window, WINDOW, STEP
+                query_tokens = query_token + tl.arange(0, STEP)
+                query_mask = query_tokens < end
+                queries, grads, query_log_sum_exp, grad_sums = _load_queries(
+                    query, grad_output, log_sum_exp, output_grad_sum, query_tokens, query_mask,
+                    token_count, query_stride, heads, head, head_dim, columns
                 )  # fmt: skip
                 # Transposed, keys by queries, so that the sums over queries below are products.
-                scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
-                log_weights = tl.where(
-                    visible, scores - query_log_sum_exp[None, :], -float("inf")
-                )
+                scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+                log_weights = scores * scale - query_log_sum_exp[None, :]
+                if section == 0 or WINDOW:
+                    query_positions = _load_positions(
+                        position_ids, query_tokens, query_mask, WINDOW
+                    )
+                    visible = _attention_mask(
+                        query_positions[None, :],
+                        key_positions[:, None],
+                        query_mask[None, :] & token_mask[:, None],
+                        window,
+                        WINDOW,
+                    )
+                    log_weights = tl.where(visible, log_weights, -float("inf"))
                 weights = tl.exp2(log_weights)
                 value_result = tl.dot(
                     weights.to(grads.dtype),
