@@ -9,8 +9,9 @@ way. A model without a chat template (gemma3_270m) gets a chat's question and an
 The plain script runs as TRL has it (it rounds the adapter's weights to bfloat16) and with the
 adapter in float32, as this project keeps it.
 
-For the speed, all train in one process, one step each in turn, so that a machine whose speed
-drifts treats them alike; a step's time runs until the next begins, optimizer and logging included.
+For the speed, each trains in a process of its own, one step each in turn, so that a machine whose
+speed drifts treats them alike; a step's time runs until the next begins, optimizer and logging
+included.
 Tokens are the rows' own, without padding. A second table tells speed from work that is left out:
 the products with the base's weights that each side computes (TRL also those of padding, and the
 head's for every token; this project a common prompt once, and the head's for learnt tokens alone),
@@ -23,10 +24,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -202,99 +205,83 @@ def train_plainly(model: str, folder: Path, steps: int, float32: bool) -> None:
     trainer.train()
 
 
+@dataclass
 class Turns:
-    """Lets threads work one at a time, each from the beginning of one of its training steps to the
-    next."""
+    """What each side has done in its turns."""
 
-    def __init__(self, names: list[str]) -> None:
-        self.seconds: dict[str, list[float]] = {name: [] for name in names}
-        self.tokens: dict[str, list[int]] = {name: [] for name in names}
-        self.operations: dict[str, list[float]] = {name: [] for name in names}
-        self._waiting, self._turn, self._changed = (
-            list(names),
-            names[0],
-            threading.Condition(),
-        )
-        self._began = 0.0
-        self._arrived: set[str] = set()
-
-    def arrived(self, thread: threading.Thread) -> None:
-        """Wait until a thread has loaded all and is at its first step: libraries' loading is for
-        one at a time."""
-        while thread.is_alive() and thread.name not in self._arrived:
-            time.sleep(0.1)
-
-    def next(self, tokens: int, operations: float) -> None:
-        """End the calling thread's turn, and wait for its next, in which it trains so many tokens
-        and computes so many operations with the base's weights.
-
-        The first begins when all have loaded: what one loads can reset what another trains with.
-        """
-        name = threading.current_thread().name
-        with self._changed:
-            self._arrived.add(name)
-            self._changed.notify_all()
-            if self._turn == name and self._began:
-                self.seconds[name].append(time.perf_counter() - self._began)
-                self._pass_on(name)
-            self._changed.wait_for(
-                lambda: self._turn == name and self._arrived.issuperset(self._waiting)
-            )
-            self.tokens[name].append(tokens)
-            self.operations[name].append(operations)
-            self._began = time.perf_counter()
-
-    def leave(self) -> None:
-        """Take no more turns."""
-        name = threading.current_thread().name
-        with self._changed:
-            if self._turn == name:
-                self._pass_on(name)
-            self._waiting.remove(name)
-            self._changed.notify_all()
-
-    def _pass_on(self, name: str) -> None:
-        self._turn = self._waiting[(self._waiting.index(name) + 1) % len(self._waiting)]
-        self._began = 0.0
-        self._changed.notify_all()
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Of each step but the last one, which a run's end follows."""
+    tokens: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """Trained by each step."""
+    operations: dict[str, list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """Of each step with the base's weights."""
 
 
 def in_turns(model: str, folder: Path, steps: int) -> Turns:
-    """All sides' steps, each in its turn."""
-    names = [OURS, FLOAT32, PLAIN]
-    turns, failures = Turns(names), []
-
-    def work(name: str) -> None:
-        try:
-            train(name, model, folder / name.replace(" ", "-"), steps)
-        except BaseException as error:
-            failures.append(error)
-            raise
-        finally:
-            turns.leave()
-
-    for name in names:
+    """Let all sides train one step each in turn."""
+    context = get_context("spawn")
+    turns = Turns()
+    connections: dict[str, Connection] = {}
+    for name in (OURS, FLOAT32, PLAIN):
+        mine, theirs = context.Pipe()
         own = folder / name.replace(" ", "-")
         own.mkdir()
         for rows in (OWN_ROWS, THEIR_ROWS):
             (own / rows).symlink_to(folder / rows)
-    with taking(model, turns):
-        threads = [
-            threading.Thread(target=work, args=(name,), name=name) for name in names
-        ]
-        for thread in threads:
-            thread.start()
-            turns.arrived(thread)
-        for thread in threads:
-            thread.join()
-    if failures:
-        raise SystemExit(f"failed: {failures[0]}")
+        arguments = (name, model, own, steps, theirs)
+        context.Process(target=train_in_turns, args=arguments, daemon=True).start()
+        theirs.close()
+        # Loading is for one at a time.
+        receive_step(turns, name, mine)
+        connections[name] = mine
+    while connections:
+        for name, connection in list(connections.items()):
+            began = time.perf_counter()
+            connection.send(None)
+            if receive_step(turns, name, connection):
+                turns.seconds[name].append(time.perf_counter() - began)
+            else:
+                del connections[name]
     return turns
 
 
-@contextmanager
-def taking(model_name: str, turns: Turns) -> Iterator[None]:
-    """Make every training step, TRL's and this project's, begin with `turns.next()`."""
+def receive_step(turns: Turns, name: str, connection: Connection) -> bool:
+    """Wait until a side is at its next step; return whether there is one."""
+    try:
+        step = connection.recv()
+    except EOFError:
+        raise SystemExit(f"failed: {name}") from None
+    if step is None:
+        return False
+    tokens, operations = step
+    turns.tokens[name].append(tokens)
+    turns.operations[name].append(operations)
+    return True
+
+
+def train_in_turns(
+    side: str, model: str, folder: Path, steps: int, connection: Connection
+) -> None:
+    """Train one side in this process, and wait before each step."""
+
+    def wait(tokens: int, operations: float) -> None:
+        connection.send((tokens, operations))
+        connection.recv()
+
+    wait_before_steps(model, wait)
+    train(side, model, folder, steps)
+    connection.send(None)
+
+
+def wait_before_steps(model_name: str, wait: Callable[[int, float], None]) -> None:
+    """Make every training step, TRL's and this project's, begin with a call.
+
+    Args:
+        model_name: A key of `WEIGHTS`.
+        wait: Is given the step's tokens, and its operations with the base's weights.
+    """
     from trl import SFTTrainer
 
     from finetune.data.encoding import IGNORED
@@ -308,7 +295,7 @@ def taking(model_name: str, turns: Turns) -> Iterator[None]:
         self: Any, model: Any, inputs: Any, *arguments: Any, **keywords: Any
     ) -> Any:
         computed = inputs["input_ids"].numel()
-        turns.next(
+        wait(
             int(inputs["attention_mask"].sum()),
             count_operations(model_name, computed, computed),
         )
@@ -318,7 +305,7 @@ def taking(model_name: str, turns: Turns) -> Iterator[None]:
         rows = [row for request in requests for row in request.rows]
         computed = sum(packed_length(request.rows) for request in requests)
         predicted = sum(label != IGNORED for row in rows for label in row["labels"][1:])
-        turns.next(
+        wait(
             sum(len(row["input_ids"]) for row in rows),
             count_operations(model_name, computed, predicted),
         )
@@ -326,11 +313,6 @@ def taking(model_name: str, turns: Turns) -> Iterator[None]:
 
     SFTTrainer.training_step = training_step
     Bank.forward_backward = forward_backward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        SFTTrainer.training_step = theirs
-        Bank.forward_backward = ours  # type: ignore[method-assign]
 
 
 def peak_memory(side: str, model: str, rows: str) -> int:
