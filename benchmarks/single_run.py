@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -239,7 +240,9 @@ def in_turns(model: str, folder: Path, steps: int) -> Turns:
     while connections:
         for name, connection in list(connections.items()):
             began = time.perf_counter()
-            connection.send(None)
+            # A side that has failed is noticed when it is waited for.
+            with suppress(BrokenPipeError):
+                connection.send(None)
             if receive_step(turns, name, connection):
                 turns.seconds[name].append(time.perf_counter() - began)
             else:
@@ -251,7 +254,7 @@ def receive_step(turns: Turns, name: str, connection: Connection) -> bool:
     """Wait until a side is at its next step; return whether there is one."""
     try:
         step = connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):
         raise SystemExit(f"failed: {name}") from None
     if step is None:
         return False

@@ -63,6 +63,8 @@ def drive(steps: RunSteps[T]) -> T:
             response = None
             if request is not None:
                 response = _execute(request)
+            # It refers to the run's slot, which the run's end frees.
+            request = None
     # The return value of a generator is in the exception that its end raises.
     except StopIteration as end:
         result: T = end.value

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import logging
 import pickle
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -61,6 +62,12 @@ class AdapterTemplates:
         self._lent: WeakKeyDictionary[PeftModel, tuple[_Template, list[LoraLayer]]]
         self._lent = WeakKeyDictionary()
         """Of each copy that is in use its template and its adapted layers."""
+        self._unused: list[tuple[_Template, _Copy]] = []
+        """Copies that were given back, with their templates; the oldest first."""
+        self._most_in_use = 0
+        """The most copies that were in use at once: there are never more in all."""
+        self._lock = threading.Lock()
+        """Held while a copy is taken or given back, as another thread creates adapters."""
         self._drawn: dict[object, torch.Tensor] = {}
         """Drawn weights that are shared, by all that they depend on, the oldest first."""
 
@@ -74,8 +81,8 @@ class AdapterTemplates:
         template = self._template(lora) if _is_plain(lora) else None
         if template is None:
             return add_adapter(self._create_skeleton(), lora, seed)
-        model, layers = template.copy(lora)
-        self._lent[model] = template, layers
+        model, layers = self._copy(template)
+        _configure_model(model, layers, lora)
         key = _template_key(lora), lora.r, seed
         weights = self._drawn.get(key)
         # An adapter that a run goes on from would be loaded over the shared weights.
@@ -91,9 +98,25 @@ class AdapterTemplates:
         Args:
             model: The adapter; one that is no copy of a template is left as it is.
         """
-        template, layers = self._lent.pop(model, (None, []))
-        if template is not None:
-            template.take_back((model, layers))
+        with self._lock:
+            template, layers = self._lent.pop(model, (None, []))
+            if template is not None:
+                self._unused.append((template, (model, layers)))
+
+    def _copy(self, template: "_Template") -> "_Copy":
+        """Return a copy of a template: one that was given back, or else a new one."""
+        with self._lock:
+            numbers = [n for n, each in enumerate(self._unused) if each[0] is template]
+            given_back = self._unused.pop(numbers[-1])[1] if numbers else None
+            in_use = len(self._lent) + 1
+            self._most_in_use = max(self._most_in_use, in_use)
+            # Those of other templates make room.
+            free = self._most_in_use - in_use
+            self._unused = self._unused[max(0, len(self._unused) - free) :]
+        copy = given_back or template.copy()
+        model, layers = copy
+        self._lent[model] = template, layers
+        return copy
 
     def _draw(
         self, layers: "list[LoraLayer]", lora: LoraSettings, seed: int, key: object
@@ -140,7 +163,7 @@ class AdapterTemplates:
             return None
         try:
             template = _Template(model, layers)
-            template.copy(smallest)
+            template.copy()
         # A base's code may have given its modules what can't be pickled: whatever it raises.
         except Exception as error:
             log.debug("adapters are not copied: %s", summary_line(error))
@@ -181,30 +204,26 @@ class _Template:
         pickler.dump((model, layers))
         self._pickled = stream.getvalue()
         self._shared = pickler.shared
-        self._unused: list[_Copy] = []
-        """Copies that were taken back."""
 
-    def copy(self, lora: LoraSettings) -> "_Copy":
-        """Return a copy of the model with the settings of an adapter, and without its weights."""
-        model, layers = self._unused.pop() if self._unused else self._unpickle()
-        settings = lora_config(lora)
-        config = model.peft_config["default"]
-        config.r = settings.r
-        config.lora_alpha = settings.lora_alpha
-        config.lora_dropout = settings.lora_dropout
-        for layer in layers:
-            _configure(layer, settings)
-        return model, layers
-
-    def take_back(self, copy: "_Copy") -> None:
-        """Let a later adapter reuse a copy that nobody uses any more."""
-        self._unused.append(copy)
-
-    def _unpickle(self) -> "_Copy":
+    def copy(self) -> "_Copy":
+        """Return a new copy of the model, with the template's settings and weights."""
         unpickler = _SharingUnpickler(io.BytesIO(self._pickled))
         unpickler.shared = self._shared
         copy: _Copy = unpickler.load()
         return copy
+
+
+def _configure_model(
+    model: "PeftModel", layers: "list[LoraLayer]", lora: LoraSettings
+) -> None:
+    """Give a copy the settings of an adapter; its weights are those that it had."""
+    settings = lora_config(lora)
+    config = model.peft_config["default"]
+    config.r = settings.r
+    config.lora_alpha = settings.lora_alpha
+    config.lora_dropout = settings.lora_dropout
+    for layer in layers:
+        _configure(layer, settings)
 
 
 def _configure(layer: "LoraLayer", config: "LoraConfig") -> None:
@@ -281,14 +300,13 @@ def _adapted_modules(
 ) -> set[torch.nn.Module]:
     """Return the modules that contain an adapter, or are a part of one.
 
-    The others have half of a model's objects, all of which the garbage collector would visit.
+    The others have a third of a model's objects, all of which the garbage collector would visit.
     """
     adapted: set[torch.nn.Module] = set()
     for layer in layers:
         for part in (layer.lora_A, layer.lora_B, layer.lora_dropout):
             adapted.update(part.modules())
-    # Children come after their parents.
-    for module in reversed(list(model.modules())):
-        if not adapted.isdisjoint(module.children()):
-            adapted.add(module)
-    return adapted
+    parents = [
+        module for module in model.modules() if not adapted.isdisjoint(module.modules())
+    ]
+    return adapted.union(parents)

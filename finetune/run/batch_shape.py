@@ -19,6 +19,8 @@ class BatchShape:
     """Tokens in attention's buckets, padded."""
     keys: int
     """The same of keys, with the shared prefix of each row."""
+    scores: int
+    """Elements of attention's scores in one head."""
     mask: int
     """Elements of attention's masks."""
     answers: int
@@ -26,18 +28,25 @@ class BatchShape:
 
 
 def packed_shape(
-    rows: Sequence[dict[str, Any]], shares_prefixes: bool = True
+    rows: Sequence[dict[str, Any]], shares_prefixes: bool, window: int | None
 ) -> BatchShape:
     """Return the shape of a batch without padding, but for attention's buckets.
 
     Args:
         rows: Those of the batch.
         shares_prefixes: Whether a prefix that all rows share is computed once.
+        window: See `padded_sizes`.
     """
     spans = packed_spans(rows, shares_prefixes)
-    queries, keys, mask = padded_sizes(spans)
-    tokens = sum(span.length for span in spans)
-    return BatchShape(tokens, queries, keys, mask, _answers(rows))
+    sizes = padded_sizes(spans, window)
+    return BatchShape(
+        tokens=sum(span.length for span in spans),
+        queries=sizes.queries,
+        keys=sizes.keys,
+        scores=sizes.scores,
+        mask=sizes.masks,
+        answers=_answers(rows),
+    )
 
 
 def padded_shape(rows: Sequence[dict[str, Any]]) -> BatchShape:
@@ -45,9 +54,16 @@ def padded_shape(rows: Sequence[dict[str, Any]]) -> BatchShape:
     lengths = [len(row["input_ids"]) for row in rows] or [0]
     longest = max(lengths)
     tokens = len(rows) * longest
-    # Without padding transformers passes no mask.
-    mask = 0 if min(lengths) == longest else tokens * longest
-    return BatchShape(tokens, tokens, tokens, mask, tokens)
+    scores = tokens * longest
+    return BatchShape(
+        tokens=tokens,
+        queries=tokens,
+        keys=tokens,
+        scores=scores,
+        # Without padding transformers passes no mask.
+        mask=0 if min(lengths) == longest else scores,
+        answers=tokens,
+    )
 
 
 def _answers(rows: Sequence[dict[str, Any]]) -> int:

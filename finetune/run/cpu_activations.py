@@ -14,7 +14,7 @@ from finetune.data.token_file import Example
 from finetune.engine.evaluation import rows_at_once
 from finetune.engine.packed.autograd_backend import AutogradBackend
 from finetune.engine.packed.losses import chunk_size
-from finetune.engine.packed.padded_attention import stored_scores
+from finetune.engine.packed.padded_attention import smallest_window, stored_scores
 from finetune.engine.packed.row_by_row import recurrent_layers
 from finetune.engine.prediction import SCORED_TOKENS
 from finetune.model.architectures import logit_transform_of
@@ -105,6 +105,7 @@ def cpu_activations(
     """
     decoder = adapted.get_base_model().get_decoder()
     shares_prefixes = not recurrent_layers(decoder)
+    window = smallest_window(decoder)
     scores = shapes.num_attention_heads * stored_scores(decoder)
     base = BaseShape(
         layers=shapes.num_hidden_layers,
@@ -122,10 +123,11 @@ def cpu_activations(
         evaluating = trl_evaluation(base, padded_shape(evaluated[:count]))
     else:
         counts = [
-            packed_training(config, base, packed_shape(rows, shares_prefixes))
+            packed_training(config, base, packed_shape(rows, shares_prefixes, window))
             for rows in batches
         ]
-        evaluating = packed_evaluation(base, packed_shape(evaluated, shares_prefixes))
+        shape = packed_shape(evaluated, shares_prefixes, window)
+        evaluating = packed_evaluation(base, shape)
     stored, passing, head = max(counts, key=lambda count: count[0] + max(count[1:]))
     logits = max(0, head - passing)
     training = BackwardMemory(stored, passing)
@@ -206,7 +208,7 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
         bytes_per_token += sum(width for width, _, _ in layer.adapters.values())
     # Attention keeps padded queries and outputs, and keys and values repeated for all heads.
     attention = 2 * layer.queries * (batch.queries + batch.keys) * base.element
-    attention += layer.scores * batch.mask * base.element
+    attention += layer.scores * batch.scores * base.element
     stored = batch.tokens * bytes_per_token + attention
     # All layers share a mask.
     shared = batch.mask * base.element
@@ -268,7 +270,7 @@ def _evaluated(base: BaseShape, batch: BatchShape) -> int:
     attention = projections * batch.tokens
     attention += 2 * layer.queries * (batch.queries + batch.keys)
     # The scores themselves, where PyTorch computes them one by one.
-    attention += layer.scores * batch.mask
+    attention += layer.scores * batch.scores
     return max(feed_forward, attention) * base.element
 
 

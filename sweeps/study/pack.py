@@ -41,6 +41,8 @@ class PackedRun:
         """Let the run work until its next request, or its end."""
         response = self.response
         self.response = None
+        # It refers to the run's slot, which the run's end frees.
+        self.request = None
         with self._logging():
             try:
                 if isinstance(response, Exception):

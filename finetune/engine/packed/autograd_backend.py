@@ -162,8 +162,8 @@ class AutogradBackend:
         else:
             correct = logits.argmax(-1) == targets
         target_columns = targets[:, None]
-        # All in the logits' place, which are by far the largest tensors: the system takes longer
-        # to give new memory than the computation.
+        # All in the place of the logits, which are by far the largest tensors: to get new memory
+        # from the system takes longer than to compute what is written to it.
         log_probabilities = torch.log_softmax(logits, -1, out=logits)
         losses = -log_probabilities.gather(-1, target_columns)[:, 0]
         if not with_gradient:

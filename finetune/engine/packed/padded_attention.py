@@ -104,26 +104,52 @@ def make_buckets(spans: list[Span], tokens: int, device: torch.device) -> Bucket
             output_indices[span.start : span.stop] = indices
         buckets.append(_make_bucket(group, device))
         offset += len(group) * longest
-    is_in_order = offset == tokens and not any(span.prefix_length for span in spans)
+    lengths = {span.length for span in spans}
+    has_prefix = any(span.prefix_length for span in spans)
     return Buckets(
         buckets,
         output_indices.to(device),
-        is_in_order=is_in_order and len(buckets) == 1,
+        is_in_order=len(lengths) == 1 and not has_prefix,
     )
 
 
-def padded_sizes(spans: list[Span]) -> tuple[int, int, int]:
-    """Return the padded queries and keys of all buckets, and the elements of their masks."""
+@dataclass(frozen=True)
+class PaddedSizes:
+    """Elements of a batch's buckets."""
+
+    queries: int
+    """Padded tokens."""
+    keys: int
+    """The same with the shared prefix of each span."""
+    scores: int
+    """Of one head."""
+    masks: int
+    """As many as scores, in the buckets that have a mask."""
+
+
+def padded_sizes(spans: list[Span], window: int | None) -> PaddedSizes:
+    """Count the elements of a batch's buckets.
+
+    Args:
+        spans: Of the packed batch, in order.
+        window: Tokens that a query sees in the layer with the smallest window; 0: all buckets have
+            a mask; None: no layer has a window.
+    """
     queries = 0
     keys = 0
-    mask = 0
+    scores = 0
+    masks = 0
     for group in _group_by_length(spans):
         query_count = group[0].length
         key_count = max(span.prefix_length + span.length for span in group)
         queries += len(group) * query_count
         keys += len(group) * key_count
-        mask += len(group) * query_count * key_count
-    return queries, keys, mask
+        scores += len(group) * query_count * key_count
+        # As `_Bucket.is_causal`.
+        has_prefix = any(span.prefix_length for span in group)
+        if has_prefix or (window is not None and window < query_count):
+            masks += len(group) * query_count * key_count
+    return PaddedSizes(queries, keys, scores, masks)
 
 
 def _group_by_length(spans: list[Span]) -> list[list[Span]]:
@@ -248,6 +274,14 @@ def _attend(
         # What goes to the sink has no value.
         weights = weights[..., :-1]
     return weights @ value
+
+
+def smallest_window(decoder: Any) -> int | None:
+    """Return the smallest window of a decoder's layers, as `padded_sizes` takes it."""
+    if stored_scores(decoder):
+        return 0
+    windows = [getattr(part, "sliding_window", None) for part in decoder.modules()]
+    return min((window for window in windows if window), default=None)
 
 
 def stored_scores(decoder: Any) -> int:

@@ -25,10 +25,18 @@ SCRIPT = CONF.parent / "benchmarks" / "memory_plan.py"
     ],
 )
 @pytest.mark.parametrize("vocabulary", [300, 20_000])
+@pytest.mark.parametrize(
+    "lengths",
+    [(180, 150, 90, 300), (2048,), (200, 200, 200)],
+    ids=["several lengths", "one row", "one length"],
+)
 def test_is_what_autograd_allocates(
-    tiny: Callable[..., RunConfig], overrides: list[str], vocabulary: int
+    tiny: Callable[..., RunConfig],
+    overrides: list[str],
+    vocabulary: int,
+    lengths: tuple[int, ...],
 ) -> None:
-    """Within 10 %. Of rows of several lengths, which attention pads."""
+    """Within 10 %. Rows of several lengths are padded by attention."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +57,7 @@ def test_is_what_autograd_allocates(
     base = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shapes))
     bank = Bank(base, config)
     slot = bank.slots.create(config.lora, 0)
-    ids = [torch.randint(0, 300, (length,)).tolist() for length in (180, 150, 90, 300)]
+    ids = [torch.randint(0, 300, (length,)).tolist() for length in lengths]
     rows = [{"input_ids": row, "labels": row} for row in ids]
     planned = cpu_activations(
         config, base.config, slot.model, [rows], rows, is_trl=False

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import train_in_slots
 
 from finetune.config.schema import RunConfig
 from finetune.engine.observer import Observer
@@ -330,3 +331,21 @@ def test_a_slot_leaves_memory_when_it_ends(tiny: Tiny, monkeypatch: Any) -> None
         assert {w.numel() for w in model.parameters() if w.requires_grad} == {0}
         assert len(collections) == is_in_cycle
         collections.clear()
+
+
+def test_the_slots_of_a_pack_leave_memory_by_themselves(
+    tiny: Tiny, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Also where a run's last request is an evaluation of test rows."""
+    configs = [tiny(*RUN, "dataset.test_fraction=0.2", f"seed={n}") for n in range(4)]
+    resources = SharedResources()
+    resources.bank(configs[0])
+    collections: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda: collections.append(1))
+    gc.disable()
+    try:
+        train_in_slots(configs, tmp_path, 2, resources)
+        run(configs[0], tmp_path / "alone", RunContext(resources=resources))
+    finally:
+        gc.enable()
+    assert not collections

@@ -161,8 +161,9 @@ def _visible_keys(
 def _softmax_step(scores, scale, maximum, denominator):
     """Go over further scores of an online softmax (Milakov and Gimelshein, 2018).
 
-    Returns the new maximum and denominator, the weights of these scores, and the factor by which
-    the weights of earlier scores shrink.
+    The scores are still to be scaled; maximum and denominator are of scaled ones. Returns the new
+    maximum and denominator, the weights of these scores, and the factor by which the weights of
+    earlier scores shrink.
     """
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
     # A query that sees no key yet has the maximum -inf, and -inf - -inf would be NaN.
@@ -181,6 +182,7 @@ def attention_kernel(
     WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """output = softmax(scale · query keyᵀ) value, and the softmax's log-sum-exp."""
+    tl.static_assert(BLOCK % STEP == 0)
     first, span = _load_block(blocks, spans)
     start, stop, prefix_start, prefix_stop, _ = _load_span(span)
     head = tl.program_id(1)
@@ -262,6 +264,7 @@ def attention_backward_query_kernel(
     STEP: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries; writes output · gradient of each query for the next kernel."""
+    tl.static_assert(BLOCK % STEP == 0)
     first, span = _load_block(blocks, spans)
     start, stop, prefix_start, prefix_stop, _ = _load_span(span)
     head = tl.program_id(1)
@@ -336,7 +339,10 @@ def _load_queries(
     query, grad_output, log_sum_exp, output_grad_sum, tokens, token_mask, token_count,
     query_stride, heads, head, head_dim, columns,
 ):  # fmt: skip
-    """Some queries, their outputs' gradients, and two numbers of each: zeros beyond the mask."""
+    """Some queries, their outputs' gradients, log-sum-exps and sums of output · gradient.
+
+    All are zeros beyond the mask.
+    """
     queries = _load_head(
         query, tokens, query_stride, head, head_dim, columns, token_mask
     )

@@ -37,6 +37,11 @@ def make_spans(layout: list[tuple[int, int | None]]) -> list[Span]:
     return spans
 
 
+def is_prefix(span: Span, other: Span) -> bool:
+    """Whether a span is the prefix of another one."""
+    return other.prefix_length > 0 and other.prefix_start == span.start
+
+
 def make_states(tokens: int) -> list[torch.Tensor]:
     """Query, key and value, whose heads come before their tokens in memory."""
     generator = torch.Generator().manual_seed(0)
@@ -132,13 +137,17 @@ def test_a_span_never_reaches_one_that_does_not_see_it(name: str) -> None:
     tokens = spans[-1].stop
     buckets = make_buckets(spans, tokens, torch.device("cpu"))
     for broken in spans:
-        query, key, value = (each.detach() for each in make_states(tokens))
-        for states in (query, key, value):
-            states[broken.start : broken.stop] = torch.nan
-        output = attend_padded(query, key, value, buckets, Scores())
+        states = [each.detach() for each in make_states(tokens)]
+        for each in states:
+            each[broken.start : broken.stop] = torch.nan
+            each.requires_grad_()
+        output = attend_padded(states[0], states[1], states[2], buckets, Scores())
+        gradients = torch.autograd.grad(output, states, torch.ones_like(output))
         for span in spans:
-            sees_it = span is broken or (
-                span.prefix_length > 0 and span.prefix_start == broken.start
-            )
+            sees_it = span is broken or is_prefix(broken, span)
             is_nan = output[span.start : span.stop].isnan()
             assert is_nan.all() if sees_it else not is_nan.any()
+            # What comes back to a prefix is of all who see it.
+            if not sees_it and not is_prefix(span, broken):
+                for gradient in gradients:
+                    assert not gradient[span.start : span.stop].isnan().any()

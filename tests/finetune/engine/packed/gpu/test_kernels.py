@@ -470,6 +470,7 @@ def test_one_slots_numbers_never_reach_another() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 def test_one_rows_attention_never_reaches_another() -> None:
     import torch
 
@@ -487,7 +488,6 @@ def test_one_rows_attention_never_reaches_another() -> None:
     ]
     line = pack_rows([[row] for row in rows], torch.device("cpu"))
     states = [draw(line.input_ids.shape[1], 2, 32) for _ in range(4)]
-    sick = line.spans[-1].start
     table = SpanTables(line.spans, line.position_ids[0], {32})
 
     def run() -> list[torch.Tensor]:
@@ -497,10 +497,56 @@ def test_one_rows_attention_never_reaches_another() -> None:
         return [trace.output, *gradients]
 
     well = run()
-    for state in states:
-        state[sick:] = float("nan")
-    for ill, found in zip(run(), well, strict=True):
-        assert torch.equal(ill[:sick], found[:sick])
+    for sick in line.spans:
+        before = [state.clone() for state in states]
+        for state in states:
+            state[sick.start : sick.stop] = float("nan")
+        for ill, found in zip(run(), well, strict=True):
+            assert torch.equal(ill[: sick.start], found[: sick.start])
+            assert torch.equal(ill[sick.stop :], found[sick.stop :])
+        for state, values in zip(states, before, strict=True):
+            state.copy_(values)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_the_programs_that_take_longest_come_first(is_padded: bool) -> None:
+    import torch
+
+    from finetune.engine.packed.batch import Span
+    from finetune.engine.packed.gpu.attention import SpanTables, tiling_of
+    from finetune.engine.packed.gpu.pass_size import PassSize
+
+    block = tiling_of(64).block
+    prefix = Span(0, 3 * block, 0, 0)
+    reader = Span(prefix.stop, 10, 0, prefix.length)
+    other = Span(reader.stop, 2 * block + 5, reader.stop, 0)
+    size = PassSize(tokens=8 * block, slots=2, spans=8) if is_padded else None
+    tokens = size.tokens if size else other.stop
+    positions = torch.zeros(tokens, dtype=torch.long)
+    tables = SpanTables([prefix, reader, other], positions, {64}, size)
+    queries, keys = tables.query_blocks[block], tables.key_blocks[block]
+    # The reader sees the whole prefix before itself.
+    assert queries[:6].tolist() == [
+        [1, reader.start],
+        [0, 2 * block],
+        [2, other.start + 2 * block],
+        [0, block],
+        [2, other.start + block],
+        [0, 0],
+    ]
+    # It sees each key of the prefix, too.
+    assert keys[:7].tolist() == [
+        [0, 0],
+        [0, block],
+        [2, other.start],
+        [0, 2 * block],
+        [2, other.start + block],
+        [1, reader.start],
+        [2, other.start + 2 * block],
+    ]
+    for table in (queries, keys):
+        added = table[7:].tolist()
+        assert added == [[7, 0]] * (size.blocks(block) - 7 if size else 0)
 
 
 @pytest.mark.parametrize(
