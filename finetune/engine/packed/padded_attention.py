@@ -52,8 +52,7 @@ class _Bucket:
 
     def is_causal(self, window: int | None) -> bool:
         """Whether each query sees its span's tokens up to itself, and nothing else."""
-        sees_all = window is None or window >= self.queries.shape[1]
-        return sees_all and not self.has_prefix
+        return not _needs_mask(self.has_prefix, self.queries.shape[1], window)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Return 0 where a query attends to a key, else minus infinity [spans, 1, queries, keys].
@@ -145,11 +144,21 @@ def padded_sizes(spans: list[Span], window: int | None) -> PaddedSizes:
         queries += len(group) * query_count
         keys += len(group) * key_count
         scores += len(group) * query_count * key_count
-        # As `_Bucket.is_causal`.
         has_prefix = any(span.prefix_length for span in group)
-        if has_prefix or (window is not None and window < query_count):
+        if _needs_mask(has_prefix, query_count, window):
             masks += len(group) * query_count * key_count
     return PaddedSizes(queries, keys, scores, masks)
+
+
+def _needs_mask(has_prefix: bool, longest: int, window: int | None) -> bool:
+    """Whether a query of a bucket sees more, or less, than its span's tokens up to itself.
+
+    Args:
+        has_prefix: Whether a span of the bucket sees keys before it.
+        longest: Tokens of the longest span.
+        window: Tokens that a query sees, itself included; None: all before it.
+    """
+    return has_prefix or (window is not None and window < longest)
 
 
 def _group_by_length(spans: list[Span]) -> list[list[Span]]:
