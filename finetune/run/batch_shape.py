@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.data.encoding import IGNORED
 from finetune.engine.packed.batch import packed_spans
-from finetune.engine.packed.padded_attention import padded_sizes
+from finetune.engine.packed.padded_attention import PaddedSizes, padded_sizes
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,8 @@ class BatchShape:
 
     tokens: int
     """Tokens that go through the layers, with padding where rows are padded."""
-    queries: int
-    """Tokens in attention's buckets, padded."""
-    keys: int
-    """The same of keys, with the shared prefix of each row."""
-    scores: int
-    """Elements of attention's scores in one head."""
-    mask: int
-    """Elements of attention's masks."""
+    attention: PaddedSizes
+    """Elements of attention's padded tensors."""
     answers: int
     """Tokens that are predicted."""
 
@@ -38,15 +32,8 @@ def packed_shape(
         window: See `padded_sizes`.
     """
     spans = packed_spans(rows, shares_prefixes)
-    sizes = padded_sizes(spans, window)
-    return BatchShape(
-        tokens=sum(span.length for span in spans),
-        queries=sizes.queries,
-        keys=sizes.keys,
-        scores=sizes.scores,
-        mask=sizes.masks,
-        answers=_answers(rows),
-    )
+    tokens = sum(span.length for span in spans)
+    return BatchShape(tokens, padded_sizes(spans, window), _answers(rows))
 
 
 def padded_shape(rows: Sequence[dict[str, Any]]) -> BatchShape:
@@ -55,15 +42,9 @@ def padded_shape(rows: Sequence[dict[str, Any]]) -> BatchShape:
     longest = max(lengths)
     tokens = len(rows) * longest
     scores = tokens * longest
-    return BatchShape(
-        tokens=tokens,
-        queries=tokens,
-        keys=tokens,
-        scores=scores,
-        # Without padding transformers passes no mask.
-        mask=0 if min(lengths) == longest else scores,
-        answers=tokens,
-    )
+    # Without padding transformers passes no mask.
+    masks = 0 if min(lengths) == longest else scores
+    return BatchShape(tokens, PaddedSizes(tokens, tokens, scores, masks), tokens)
 
 
 def _answers(rows: Sequence[dict[str, Any]]) -> int:

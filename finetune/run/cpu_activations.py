@@ -207,11 +207,12 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
         # A mask of booleans.
         bytes_per_token += sum(width for width, _, _ in layer.adapters.values())
     # Attention keeps padded queries and outputs, and keys and values repeated for all heads.
-    attention = 2 * layer.queries * (batch.queries + batch.keys) * base.element
-    attention += layer.scores * batch.scores * base.element
+    padded = batch.attention
+    attention = 2 * layer.queries * (padded.queries + padded.keys) * base.element
+    attention += layer.scores * padded.scores * base.element
     stored = batch.tokens * bytes_per_token + attention
     # All layers share a mask.
-    shared = batch.mask * base.element
+    shared = padded.masks * base.element
     # The gradients of a layer's input and output, and within the gate that of its product, the
     # gradient of one input and one intermediate value; the product itself is freed by then.
     gate = 3 - layer.adapts("down_proj")
@@ -227,7 +228,7 @@ def packed_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Co
 def packed_evaluation(base: BaseShape, batch: BatchShape) -> int:
     """Count what a batch of the packed engine takes without a backward pass."""
     head = _packed_head(base, batch.answers)
-    return max(_evaluated(base, batch), head) + batch.mask * base.element
+    return max(_evaluated(base, batch), head) + batch.attention.masks * base.element
 
 
 def _count(
@@ -268,9 +269,9 @@ def _evaluated(base: BaseShape, batch: BatchShape) -> int:
     feed_forward = (states + inner) * batch.tokens
     projections = states + 2 * layer.queries + 4 * layer.keys
     attention = projections * batch.tokens
-    attention += 2 * layer.queries * (batch.queries + batch.keys)
+    attention += 2 * layer.queries * (batch.attention.queries + batch.attention.keys)
     # The scores themselves, where PyTorch computes them one by one.
-    attention += layer.scores * batch.scores
+    attention += layer.scores * batch.attention.scores
     return max(feed_forward, attention) * base.element
 
 
@@ -291,7 +292,7 @@ def trl_training(config: RunConfig, base: BaseShape, batch: BatchShape) -> Count
     if config.lora.use_dora:
         # Both are multiplied by the magnitude: the base's output and the adapter's.
         elements += sum(2 * width for _, width, _ in layer.adapters.values())
-    stored = (batch.tokens * elements + batch.mask) * base.element
+    stored = (batch.tokens * elements + batch.attention.masks) * base.element
     feed_forward = max(3 * layer.inner, layer.experts_passing)
     passing = batch.tokens * (3 * layer.hidden + feed_forward) * base.element
     tile = min(batch.tokens, TRL_TOKENS) * min(base.vocabulary, TRL_COLUMNS) * 4
@@ -304,6 +305,6 @@ def trl_evaluation(base: BaseShape, batch: BatchShape) -> int:
     """Count the logits of rows that are predicted at once, and of a chunk that is scored."""
     predicted = batch.tokens * base.vocabulary * base.element
     # Of padded rows, the tokens' own logits are a copy.
-    copied = predicted if batch.mask else 0
+    copied = predicted if batch.attention.masks else 0
     scored = 2 * min(batch.tokens, SCORED_TOKENS) * base.vocabulary * 4
     return max(predicted + max(copied, scored), _evaluated(base, batch))
