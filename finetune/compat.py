@@ -71,14 +71,28 @@ def fast_imports() -> Iterator[None]:
     Reason: each takes half a second or more (CPython 3.11 and 3.12; transformers 5.17 and 5.23,
     `utils/import_utils.py`). Upstream: none.
     """
-    collects = gc.isenabled()
     packages_distributions = importlib.metadata.packages_distributions
-    gc.disable()
     importlib.metadata.packages_distributions = _packages_distributions
+    try:
+        with no_collections():
+            yield
+    finally:
+        importlib.metadata.packages_distributions = packages_distributions
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Pause Python's garbage collector within the block.
+
+    Reason: it begins wherever an object is made, and ends what it finds there and then. A recorded
+    CUDA graph that ends while another one is recorded makes that recording fail (CUDA 13,
+    `cudaGraphExecDestroy`). Upstream: none.
+    """
+    collects = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        importlib.metadata.packages_distributions = packages_distributions
         if collects:
             gc.enable()
 
@@ -314,6 +328,59 @@ def views_like(
 
     views: Sequence[torch.Tensor] = _unflatten_dense_tensors(vector, tensors)  # type: ignore[no-untyped-call]
     return views
+
+
+def fused_adamw(
+    vector: "torch.Tensor",
+    gradient: "torch.Tensor",
+    state: "dict[str, torch.Tensor]",
+    group: dict[str, Any],
+    learning_rate: float,
+) -> None:
+    """Take the step of `torch.optim.AdamW(..., fused=True)` for one tensor.
+
+    Reason: `AdamW.step` calls this kernel too, after checks and groups that take a small update's
+    host ten times as long (torch 2.11 and 2.13, `torch/optim/adam.py`: `_fused_adam`). Upstream:
+    none.
+
+    Args:
+        vector: The weights; updated in place.
+        gradient: Of the same shape.
+        state: As AdamW has it: `step`, `exp_avg`, `exp_avg_sq`; updated in place.
+        group: AdamW's settings.
+        learning_rate: Of this step.
+    """
+    import torch
+
+    beta1, beta2 = group["betas"]
+    state["step"].add_(1)
+    torch._fused_adamw_(
+        [vector],
+        [gradient],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [state["step"]],
+        lr=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def norms_of(tensors: "list[torch.Tensor]") -> "list[torch.Tensor]":
+    """Return the 2-norm of each tensor [], all by one kernel on a GPU.
+
+    Reason: the public functions compute one norm at a time, or that of all tensors together (torch
+    2.11 and 2.13, `torch/nn/utils/clip_grad.py`). Upstream: none.
+    """
+    import torch
+
+    norms: list[torch.Tensor] = list(torch._foreach_norm(tensors))
+    return norms
 
 
 def end_failed_recording(gpu: int, pool: tuple[int, int]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from finetune.compat import end_failed_recording
+from finetune.compat import end_failed_recording, no_collections
 
 
 @functools.cache
@@ -39,7 +39,8 @@ class GraphPool:
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`, which gives all unused memory back first.
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), self._capturing(graph):
+        stream = torch.cuda.stream(self._stream)
+        with stream, no_collections(), self._capturing(graph):
             launch()
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph.replay

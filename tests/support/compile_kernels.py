@@ -43,6 +43,7 @@ MODULES = (
     "lowrank",
     "rms_norm",
     "rotary",
+    "rotated_norm",
     "short_convolution",
 )
 """Modules of the decoder that launch kernels."""

@@ -73,13 +73,16 @@ class BatchLayout:
     """One run's batch without padding. Tokens and rows are counted from the batch's first ones."""
 
     spans: list[Span] = field(default_factory=list)
+    span_rows: list[int] = field(default_factory=list)
+    """The row of each span; of a shared prefix the first row that has it."""
     input_ids: list[int] = field(default_factory=list)
-    position_ids: list[numpy.ndarray] = field(default_factory=list)
-    targets: list[numpy.ndarray] = field(default_factory=list)
-    target_rows: list[numpy.ndarray] = field(default_factory=list)
-    prediction_positions: list[numpy.ndarray] = field(default_factory=list)
+    next_labels: list[int] = field(default_factory=list)
+    """The label that each token predicts; `IGNORED`: none."""
     row_count: int = 0
-    target_count: int = 0
+
+    def count_targets(self) -> int:
+        """Count the answer tokens."""
+        return len(self.next_labels) - self.next_labels.count(IGNORED)
 
     def add_group(self, rows: Sequence[Row]) -> None:
         """Append rows; their common prefix is computed once."""
@@ -94,8 +97,9 @@ class BatchLayout:
                 prefix_length=0,
             )
             self.spans.append(prefix)
+            self.span_rows.append(self.row_count)
             self.input_ids += rows[0]["input_ids"][:prefix_length]
-            self.position_ids.append(numpy.arange(prefix_length))
+            self.next_labels += [IGNORED] * prefix_length
         for row in rows:
             self._add_row(row, start, prefix_length)
 
@@ -106,26 +110,20 @@ class BatchLayout:
         prefix_length: int,
     ) -> None:
         """Append a row without its shared prefix, up to the token that predicts its last answer."""
-        start = len(self.input_ids)
         length = computed_length(row)
         span = Span(
-            start=start,
+            start=len(self.input_ids),
             length=length - prefix_length,
             prefix_start=prefix_start,
             prefix_length=prefix_length,
         )
         self.spans.append(span)
+        self.span_rows.append(self.row_count)
         self.input_ids += row["input_ids"][prefix_length:length]
-        # As if the row stood alone: its first positions are those of the prefix.
-        self.position_ids.append(numpy.arange(prefix_length, length))
         # The hidden state of a token predicts the label of the next one.
-        next_labels = row["labels"][prefix_length + 1 :]
-        labels = numpy.array(next_labels, dtype=numpy.int64)
-        (answers,) = numpy.nonzero(labels != IGNORED)
-        self.targets.append(labels[answers])
-        self.prediction_positions.append(answers + start)
-        self.target_rows.append(numpy.full(len(answers), self.row_count))
-        self.target_count += len(answers)
+        labels = row["labels"][prefix_length + 1 : length + 1]
+        # A row of a single token has no next one.
+        self.next_labels += labels + [IGNORED] * (span.length - len(labels))
         self.row_count += 1
 
 
@@ -180,25 +178,36 @@ class PackedBatch:
         """
         self.batch_spans: list[tuple[int, int]] = []
         """The tokens of each run's batch: first, one past the last."""
-        self.target_spans: list[tuple[int, int]] = []
-        """The answer tokens of each run's batch in `targets`: first, one past the last."""
+        self.target_counts = [layout.count_targets() for layout in layouts]
+        """How many answer tokens each run's batch has."""
         self.spans: list[Span] = []
-        targets, target_rows, positions, position_ids, input_ids = [], [], [], [], []
-        token = row = target = 0
+        span_rows: list[int] = []
+        input_ids: list[int] = []
+        next_labels: list[int] = []
+        row = 0
         for layout in layouts:
+            token = len(input_ids)
             self.spans += [span.moved(token) for span in layout.spans]
-            targets += layout.targets
-            target_rows += [rows + row for rows in layout.target_rows]
-            positions += [tokens + token for tokens in layout.prediction_positions]
-            position_ids += layout.position_ids
-            input_ids.append(numpy.array(layout.input_ids))
-            next_token = token + len(layout.input_ids)
-            next_target = target + layout.target_count
-            self.batch_spans.append((token, next_token))
-            self.target_spans.append((target, next_target))
-            token, target, row = next_token, next_target, row + layout.row_count
-        columns = (targets, target_rows, positions, position_ids, input_ids)
-        arrays = [numpy.concatenate(column) for column in columns]
+            span_rows += [span_row + row for span_row in layout.span_rows]
+            input_ids += layout.input_ids
+            next_labels += layout.next_labels
+            self.batch_spans.append((token, len(input_ids)))
+            row += layout.row_count
+        # For all rows at once: with many short ones, arrays of each cost more than the tokens.
+        lengths = numpy.array([span.length for span in self.spans])
+        row_starts = [span.start - span.prefix_length for span in self.spans]
+        # As if each row stood alone: its first positions are those of its prefix.
+        position_ids = numpy.arange(len(input_ids)) - numpy.repeat(row_starts, lengths)
+        labels = _integers(next_labels)
+        (positions,) = numpy.nonzero(labels != IGNORED)
+        target_rows = numpy.repeat(span_rows, lengths)[positions]
+        arrays = [
+            labels[positions],
+            target_rows,
+            positions,
+            position_ids,
+            _integers(input_ids),
+        ]
         tensors = _copied(
             arrays,
             [
@@ -241,6 +250,11 @@ def pack_rows(
     if isinstance(devices, torch.device):
         devices = BatchDevices.all_on(devices)
     return PackedBatch(layouts, devices)
+
+
+def _integers(values: list[int]) -> numpy.ndarray:
+    # Faster than `numpy.array`, which looks at all of them first.
+    return numpy.fromiter(values, numpy.int64, len(values))
 
 
 def _copied(

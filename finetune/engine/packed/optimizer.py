@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from transformers import get_scheduler
 
+from finetune.compat import views_like
 from finetune.config.schema import RunConfig
-from finetune.config.sections.optimizer import OptimizerSettings
 from finetune.engine.optimizers import create_optimizer, is_plain_adamw
+from finetune.engine.packed.gradient_norms import GradientNorm
 from finetune.engine.packed.optimizer_state import load_state, save_state
 from finetune.engine.packed.slot import Slot
+from finetune.engine.packed.vector_adamw import VectorAdamW
 from finetune.engine.schedule import warmup_steps
 
 STATE = "slot.safetensors"
@@ -36,15 +38,9 @@ class SlotOptimizer:
         settings = config.optimizer
         self._settings = settings
         self._slot = slot
-        self._parameters = slot.parameters
-        """What the optimizer updates: the slot's matrices, or all of them as one vector."""
+        self._optimizer: torch.optim.Optimizer
         if is_plain_adamw(config):
-            # The vector's memory, so that AdamW updates the slot. One vector for all layers does
-            # as well as a parameter for each, because AdamW computes each element by itself.
-            self._parameters = [torch.nn.Parameter(slot.vector)]
-            self._optimizer: torch.optim.Optimizer = _vector_adamw(
-                self._parameters, settings
-            )
+            self._optimizer = VectorAdamW(slot.vector, settings)
         else:
             self._optimizer = create_optimizer(slot.model, config)
         rate = settings.resolved_learning_rate
@@ -80,7 +76,7 @@ class SlotOptimizer:
     def update(
         self,
         gradient: torch.Tensor,
-        norm: torch.Tensor,
+        norm: GradientNorm,
         learning_rate: float,
     ) -> None:
         """Clip the gradient and take one step; skipped where float16 gradients overflowed.
@@ -89,41 +85,38 @@ class SlotOptimizer:
 
         Args:
             gradient: With the loss scale [parameters]; overwritten.
-            norm: The gradient's 2-norm without the loss scale, float64 [].
+            norm: Of the gradient.
             learning_rate: Of this step.
         """
+        loss_scale = self.loss_scale
         if self._loss_scale is not None:
-            gradient.div_(self._loss_scale.value)
+            gradient.div_(loss_scale)
         limit = self._settings.max_grad_norm
         if limit:
-            # As `torch.nn.utils.clip_grad_norm_` pads it. NaN and infinity go through.
-            gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
+            gradient.mul_(norm.clip_factor(limit, loss_scale))
         if self._loss_scale is not None:
-            is_finite = math.isfinite(norm.item())
+            is_finite = math.isfinite(norm.value.item())
             if not self._loss_scale.update(is_finite):
                 return
+        if isinstance(self._optimizer, VectorAdamW):
+            self._optimizer.update(gradient, learning_rate)
+        else:
+            self._step(gradient, learning_rate)
+
+    def _step(self, gradient: torch.Tensor, learning_rate: float) -> None:
+        """Let PyTorch's optimizer update the slot's matrices by the gradient [parameters]."""
         for group, ratio in zip(
             self._optimizer.param_groups, self._rate_ratios, strict=True
         ):
             group["lr"] = learning_rate * ratio
-        self._bind_gradient(gradient)
+        parameters = self._slot.parameters
+        gradients = views_like(gradient, parameters)
+        for parameter, values in zip(parameters, gradients, strict=True):
+            parameter.grad = values
         self._optimizer.step()
         # Lets go of an accumulated gradient's memory.
-        for parameter in self._parameters:
+        for parameter in parameters:
             parameter.grad = None
-
-    def _bind_gradient(self, gradient: torch.Tensor) -> None:
-        """Give each parameter its piece of the gradient [parameters]."""
-        if len(self._parameters) == 1:
-            self._parameters[
-                0
-            ].grad = gradient  # views would take longer than small updates
-            return
-        offset = 0
-        for parameter in self._parameters:
-            stop = offset + parameter.numel()
-            parameter.grad = gradient[offset:stop].view(parameter.shape)
-            offset = stop
 
     def save(self, checkpoint: Path, event: "torch.cuda.Event | None") -> None:
         """Write the weights and the state into a checkpoint folder.
@@ -149,20 +142,6 @@ class SlotOptimizer:
         if self._loss_scale is not None and state is not None:
             self._loss_scale.value = float(state[0])
             self._loss_scale.good_steps = int(state[1])
-
-
-def _vector_adamw(
-    parameters: list[torch.nn.Parameter], settings: OptimizerSettings
-) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.resolved_learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        # One kernel for the whole vector.
-        fused=True,
-    )
 
 
 class LossScale:

@@ -2,6 +2,7 @@
 
 import torch
 
+from finetune.engine.packed.gradient_norms import GradientNorms
 from finetune.engine.packed.pass_timer import PassTimer
 from finetune.model.device import HostCopy
 
@@ -23,7 +24,7 @@ class PassFigures:
             norms: 2-norm of each slot's gradient, float64 [slots]; on the slots' device.
             timer: Of the pass, stopped.
         """
-        self.norms = norms
+        self.norms = GradientNorms(norms)
         """As given, on the device."""
         if losses.device == norms.device:
             # One tensor, so that there is one copy from the GPU for all slots.

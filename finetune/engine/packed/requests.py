@@ -6,11 +6,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from finetune.engine.encoded_prompts import Answers, EncodedPrompts
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import BatchLayout, Row
+from finetune.engine.packed.gradient_norms import GradientNorm
 from finetune.engine.packed.pass_figures import PassFigures
 from finetune.engine.packed.slot import Slot
 from finetune.engine.steps import Executor
@@ -72,9 +71,9 @@ class ForwardBackwardResult:
         return self.figures.of_slot(self.index)[1]
 
     @property
-    def device_norm(self) -> torch.Tensor:
-        """`norm` on the device, float64 []."""
-        return self.figures.norms[self.index]
+    def device_norm(self) -> GradientNorm:
+        """`norm` on the device."""
+        return self.figures.norms.of_slot(self.index)
 
     @property
     def seconds(self) -> float:

@@ -11,8 +11,11 @@ def rows_of(examples: Sequence[Example]) -> list[Row]:
     """Return the rows that examples are made of; a row that is no sequence stays as it is."""
     rows: list[Row] = []
     for example in examples:
+        if "seq_lengths" not in example:
+            rows.append(example)
+            continue
         start = 0
-        for length in example.get("seq_lengths", [len(example["input_ids"])]):
+        for length in example["seq_lengths"]:
             tokens = slice(start, start + length)
             rows.append(
                 {name: example[name][tokens] for name in ("input_ids", "labels")}

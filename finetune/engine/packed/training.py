@@ -27,6 +27,7 @@ from finetune.engine.encoded_prompts import (
 )
 from finetune.engine.evaluation import Evaluation
 from finetune.engine.packed.batch import BatchLayout, Row, lay_out
+from finetune.engine.packed.gradient_norms import GradientNorm
 from finetune.engine.packed.optimizer import SlotOptimizer
 from finetune.engine.packed.requests import (
     Evaluate,
@@ -317,7 +318,7 @@ class PackedTraining:
             prepare_next = functools.partial(self._prepare_next, following)
         # Over all batches of the step, so that each answer token has the same weight, whatever
         # the batch that it is in.
-        answer_tokens = sum(batch.layout.target_count for batch in batches)
+        answer_tokens = sum(batch.layout.count_targets() for batch in batches)
         token_weight = 1 / max(answer_tokens, 1)
         loss_scale = self._optimizer.loss_scale
         # Counted over the whole run, so that no two batches have the same dropout masks.
@@ -343,14 +344,15 @@ class PackedTraining:
         host_norm = None
         if accumulated is not None:
             # The norm of a sum is not known from the norms of its terms.
-            gradient, norm = accumulated, accumulated.norm().double()
-            host_norm = HostCopy(norm)
+            gradient = accumulated
+            norm = GradientNorm.of(accumulated)
+            host_norm = HostCopy(norm.value)
         # All steps before this one, also where the last of them is not reported yet.
         position = number - 1.0
         if not self._budget.counts_steps:
             position = self._budget.position(progress)
         learning_rate = self._optimizer.learning_rate(position)
-        self._optimizer.update(gradient, norm / loss_scale, learning_rate)
+        self._optimizer.update(gradient, norm, learning_rate)
         self._weights_event = record_event(slot.device)
         tokens = 0
         for batch in batches:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import torch
 
+from finetune.compat import norms_of
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.embedding_noise import embedding_noise
 from finetune.engine.packed.packed_base import PackedBase
@@ -66,7 +67,7 @@ def compute_gradients(
         request.slot.collect_gradient()
     results: dict[int, ForwardBackwardResult] = {}
     for device, of_device in requests_by_device.items():
-        norms = [request.slot.gradient.norm() for request in of_device]
+        norms = norms_of([request.slot.gradient for request in of_device])
         timers[device].stop()
         slot_losses = torch.stack([losses[id(request)] for request in of_device])
         figures = PassFigures(slot_losses, torch.stack(norms).double(), timers[device])
@@ -104,9 +105,8 @@ def _loss_weights(
     requests: Sequence[ForwardBackward], batch: PackedBatch
 ) -> torch.Tensor:
     """The weight of each answer token's loss [answer tokens]."""
-    counts = [stop - start for start, stop in batch.target_spans]
     weights = numpy.array([request.loss_weight for request in requests], "float32")
-    return torch.from_numpy(weights.repeat(counts))
+    return torch.from_numpy(weights.repeat(batch.target_counts))
 
 
 def _backward(
@@ -124,11 +124,8 @@ def _backward(
     yield from backend.backward(forward_result.trace, result.gradient)
     # Each slot's own tokens are summed alone: NaN in one slot must not reach another.
     # In float64 the sum hardly depends on the order of its terms.
-    losses = []
-    for start, stop in batch.target_spans:
-        slot_losses = result.losses[start:stop]
-        losses.append(slot_losses.double().sum())
-    return losses
+    losses = torch.split(result.losses.double(), batch.target_counts)
+    return [slot_losses.sum() for slot_losses in losses]
 
 
 def _by_request(

@@ -248,6 +248,7 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
         lowrank,
         rms_norm,
         rotary,
+        rotated_norm,
         short_convolution,
     )
     from finetune.engine.packed.gpu.decoder import Decoder
@@ -258,7 +259,8 @@ def test_a_gpus_plan_is_what_its_decoder_allocates(
 
     modules = (
         *(adapted_gate, attention, cross_entropy, delta_rule, gated_norm),
-        *(gated_product, lowrank, rms_norm, rotary, short_convolution),
+        *(gated_product, lowrank, rms_norm, rotary, rotated_norm),
+        short_convolution,
     )
     for module in modules:
         monkeypatch.setattr(module, "launch", lambda *_, **__: None)

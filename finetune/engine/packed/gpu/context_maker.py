@@ -129,7 +129,7 @@ def _adapter_spans(
     for number, (slot, (start, stop)) in enumerate(slot_spans):
         key = 0
         dropout = 0.0
-        if dropout_steps:
+        if dropout_steps and slot.dropout:
             # Of the run's seed and its batch alone, whatever else trains beside it. Python hashes
             # a text that seeds its generator, so keys of consecutive batches are unrelated.
             generator = random.Random(f"{slot.seed} {dropout_steps[number]}")

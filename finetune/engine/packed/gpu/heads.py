@@ -14,6 +14,7 @@ from finetune.engine.packed.gpu.rms_norm import (
     rms_norm_backward,
 )
 from finetune.engine.packed.gpu.rotary import apply_rotary
+from finetune.engine.packed.gpu.rotated_norm import rotated_norm
 from finetune.engine.packed.gpu.shared_heads import SharedHeads
 from finetune.model.decoder_blocks import DecoderBlock
 
@@ -125,18 +126,24 @@ class Heads:
         outputs.clear()
         parts.clear()
         activations = {}
+        rotation = self.rotation(context)
+        rotated = self._computed[:2]
         for name, norm in self._norms.items():
             x = heads[name]
             if x.dim() == 3:
                 x = x.view(-1, self.head_dim)
-            y, inverse_rms, _ = rms_norm(x, norm)
+            if rotation is not None and name in rotated:
+                y, inverse_rms = rotated_norm(x, norm, *rotation)
+            else:
+                y, inverse_rms, _ = rms_norm(x, norm)
             (heads[name],) = self._as_heads([y.view(tokens, -1)])
             activations[name] = _NormActivations(x, inverse_rms)
             del x, y
-        if self._rotary:
+        if rotation is not None:
             # In place: the backward pass needs the angles alone.
-            for name in self._computed[:2]:
-                apply_rotary(heads[name], *context.angles[self._layer_type], 1.0)
+            for name in rotated:
+                if name not in self._norms:
+                    apply_rotary(heads[name], *rotation, 1.0)
         if self._scales_queries and context.query_scales is not None:
             heads["q"].mul_(context.query_scales)
         self._share(heads, context)

@@ -103,7 +103,7 @@ def _launch_forward(
     arguments = (
         x, norm.weight, y, inverse_rms, residual, x.stride(0), rows, columns, norm.epsilon,
     )  # fmt: skip
-    programs, rows_at_once, block, warps = _row_blocks(rows, columns)
+    programs, rows_at_once, block, warps = row_blocks(rows, columns)
     constants = (copy_input, add_residual, norm.rounds_last, rows_at_once, block)
     launch(_rms_norm_kernel, (programs, 1, 1), arguments, constants, warps)
     return inverse_rms
@@ -139,13 +139,13 @@ def rms_norm_backward(
         grad_output, x, norm.weight, inverse_rms, residual_argument, grad_x,
         x.stride(0), grad_x.stride(0), rows, columns,
     )  # fmt: skip
-    programs, rows_at_once, block, warps = _row_blocks(rows, columns)
+    programs, rows_at_once, block, warps = row_blocks(rows, columns)
     constants = (grad_residual is not None, rows_at_once, block)
     launch(_rms_norm_backward_kernel, (programs, 1, 1), arguments, constants, warps)
     return grad_x
 
 
-def _row_blocks(rows: int, columns: int) -> tuple[int, int, int, int]:
+def row_blocks(rows: int, columns: int) -> tuple[int, int, int, int]:
     """Programs, rows of a program, elements of a row, and warps of a program."""
     # Whole rows, because a row's mean square is needed before its elements can be written.
     block = triton.next_power_of_2(columns)
@@ -162,7 +162,7 @@ def _rms_norm_kernel(
     COPY_INPUT: tl.constexpr, ADD_RESIDUAL: tl.constexpr, ROUNDS_LAST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    rows, column, mask = _load_rows(row_count, columns, ROWS, BLOCK)
+    rows, column, mask = load_rows(row_count, columns, ROWS, BLOCK)
     offsets = rows[:, None] * columns + column
     values = tl.load(x + rows[:, None] * x_stride + column, mask=mask, other=0.0)
     if COPY_INPUT:
@@ -189,7 +189,7 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _load_rows(row_count, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows(row_count, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """This program's rows [ROWS] and columns [1, BLOCK], and which of their elements exist."""
     # Offsets may be too large for 32 bits.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -203,7 +203,7 @@ def _rms_norm_backward_kernel(
     columns,
     ADD_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    rows, column, mask = _load_rows(row_count, columns, ROWS, BLOCK)
+    rows, column, mask = load_rows(row_count, columns, ROWS, BLOCK)
     offsets = rows[:, None] * columns + column
     scale = load_float32(inverse_rms, rows, rows < row_count)[:, None]
     normalized = load_float32(x, rows[:, None] * x_stride + column, mask) * scale

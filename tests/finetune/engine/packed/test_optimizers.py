@@ -102,8 +102,7 @@ def test_goes_on_bit_for_bit(tiny: Tiny, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", each(pytest.mark.slow))
 def test_the_plan_counts_the_state(tiny: Tiny, name: str) -> None:
     """Against the state of an optimizer of a whole adapter after a step."""
-    import torch
-
+    from finetune.engine.packed.gradient_norms import GradientNorm
     from finetune.engine.packed.optimizer import SlotOptimizer
     from finetune.run.memory_plan import plan_memory
     from finetune.run.resources import SharedResources
@@ -112,7 +111,7 @@ def test_the_plan_counts_the_state(tiny: Tiny, name: str) -> None:
     resources = SharedResources()
     slot = resources.bank(config).slots.create(config.lora, config.seed)
     optimizer = SlotOptimizer(config, slot, total=STEPS)
-    optimizer.update(slot.gradient, norm=torch.zeros(()), learning_rate=1e-3)
+    optimizer.update(slot.gradient, GradientNorm.of(slot.gradient), 1e-3)
     states: list[dict[str, Any]] = list(optimizer._optimizer.state.values())
     size = sum(
         value.nbytes
@@ -158,6 +157,7 @@ def test_a_checkpoint_counts_all_that_it_pins(
     from safetensors.torch import load_file
 
     from finetune.engine.packed import optimizer_state
+    from finetune.engine.packed.gradient_norms import GradientNorm
     from finetune.engine.packed.optimizer import STATE, SlotOptimizer
     from finetune.model.device import HostCopy
     from finetune.run.resources import SharedResources
@@ -166,7 +166,7 @@ def test_a_checkpoint_counts_all_that_it_pins(
     slot = SharedResources().bank(config).slots.create(config.lora, 0)
     optimizer = SlotOptimizer(config, slot, STEPS)
     slot.gradient.fill_(1e-3)
-    optimizer.update(slot.gradient, slot.gradient.norm().double(), 1e-3)
+    optimizer.update(slot.gradient, GradientNorm.of(slot.gradient), 1e-3)
     totals = []
 
     def copy(tensor: Any, total: int) -> HostCopy:

@@ -303,6 +303,7 @@ def test_a_checkpoint_is_written_while_the_gpu_computes(
     import torch
     from safetensors.torch import load_file
 
+    from finetune.engine.packed.gradient_norms import GradientNorm
     from finetune.engine.packed.optimizer import STATE, SlotOptimizer
     from finetune.model.device import record_event
 
@@ -311,7 +312,7 @@ def test_a_checkpoint_is_written_while_the_gpu_computes(
     slot = bank.slots.create(config.lora, 0)
     optimizer = SlotOptimizer(config, slot, 10)
     slot.gradient.fill_(1e-3)
-    optimizer.update(slot.gradient, slot.gradient.norm().double(), 1e-3)
+    optimizer.update(slot.gradient, GradientNorm.of(slot.gradient), 1e-3)
     folders = tmp_path / "first", tmp_path / "second"
     # A stream, memory to copy by: what comes first waits for the GPU.
     optimizer.save(folders[0], record_event(slot.device))
@@ -653,3 +654,33 @@ def test_after_a_recording_that_failed_another_one_succeeds() -> None:
     # It draws, and its unused memory can be returned.
     assert torch.rand(3, device="cuda").isfinite().all()
     torch.cuda.empty_cache()
+
+
+def test_a_recording_outlives_garbage_with_another_one() -> None:
+    """The garbage collector would end the other one in the middle of it, which CUDA refuses."""
+    import gc
+
+    import torch
+
+    from finetune.engine.graph_pool import GraphPool
+
+    number = torch.zeros(1, device="cuda")
+    cycle: list[Any] = [GraphPool().record(lambda: number.mul_(2))]  # type: ignore[arg-type, return-value]
+    cycle.append(cycle)
+    garbage = [cycle]
+    del cycle
+    thresholds = gc.get_threshold()
+    pool = GraphPool()
+
+    def launch() -> None:
+        garbage.clear()
+        gc.set_threshold(1)
+        # Objects that the collector counts.
+        number.add_(len([[] for _ in range(100)]))
+
+    try:
+        replay = pool.record(launch)
+    finally:
+        gc.set_threshold(*thresholds)
+    replay()
+    assert number.item() == 100

@@ -137,6 +137,35 @@ def test_rotation_is_transformers(heads: int, head_dim: int, rotary_dim: int) ->
         assert not joined[:, heads * head_dim :].any()
 
 
+@pytest.mark.parametrize("architecture", NORMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "rotary_dim"), [(3, 64, 64), (20, 80, 80), (3, 64, 48)]
+)
+def test_a_rotated_norm_is_the_norm_and_the_rotation(
+    architecture: str, dtype: str, heads: int, head_dim: int, rotary_dim: int
+) -> None:
+    """With the same roundings in between, so that it is the same as two kernels."""
+    import torch
+
+    from finetune.engine.packed.gpu.rms_norm import RmsNorm, rms_norm
+    from finetune.engine.packed.gpu.rotary import apply_rotary
+    from finetune.engine.packed.gpu.rotated_norm import rotated_norm
+
+    torch.manual_seed(0)
+    offset, rounds_last = NORMS[architecture]
+    norm = RmsNorm(offset + draw(head_dim), 1e-5, rounds_last)
+    # Rows that lie apart in memory, as the queries beside an output gate do.
+    x = draw(7 * heads, 2 * head_dim).to(getattr(torch, dtype))[:, :head_dim]
+    angles = draw(7, rotary_dim // 2).repeat(1, 2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    expected, expected_rms, _ = rms_norm(x, norm)
+    apply_rotary(expected.view(7, heads, head_dim), cos, sin, 1.0)
+    y, inverse_rms = rotated_norm(x, norm, cos, sin)
+    assert torch.equal(inverse_rms, expected_rms)
+    assert torch.equal(y, expected)
+
+
 # Less than a lane for each thread, one block, and several, the last of which is not full.
 @pytest.mark.parametrize("vocabulary", [50, 5000, 33000])
 def test_score_is_cross_entropy(vocabulary: int) -> None:
