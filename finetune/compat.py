@@ -74,19 +74,19 @@ def fast_imports() -> Iterator[None]:
     packages_distributions = importlib.metadata.packages_distributions
     importlib.metadata.packages_distributions = _packages_distributions
     try:
-        with no_collections():
+        with pause_collections():
             yield
     finally:
         importlib.metadata.packages_distributions = packages_distributions
 
 
 @contextlib.contextmanager
-def no_collections() -> Iterator[None]:
-    """Pause Python's garbage collector within the block.
+def pause_collections() -> Iterator[None]:
+    """Pause Python's garbage collector within the block; not in two threads at a time.
 
-    Reason: it begins wherever an object is made, and ends what it finds there and then. A recorded
-    CUDA graph that ends while another one is recorded makes that recording fail (CUDA 13,
-    `cudaGraphExecDestroy`). Upstream: none.
+    Reason: it may start at any allocation, visits all objects, and frees those that nothing refers
+    to. With many new objects that takes most of the time; and where a CUDA graph is recorded,
+    freeing an older one makes the recording fail (CUDA 13, `cudaGraphExecDestroy`). Upstream: none.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -347,7 +347,7 @@ def fused_adamw(
         vector: The weights; updated in place.
         gradient: Of the same shape.
         state: As AdamW has it: `step`, `exp_avg`, `exp_avg_sq`; updated in place.
-        group: AdamW's settings.
+        group: AdamW's settings; their learning rate is not read.
         learning_rate: Of this step.
     """
     import torch
@@ -371,7 +371,7 @@ def fused_adamw(
     )
 
 
-def norms_of(tensors: "list[torch.Tensor]") -> "list[torch.Tensor]":
+def compute_norms(tensors: "list[torch.Tensor]") -> "list[torch.Tensor]":
     """Return the 2-norm of each tensor [], all by one kernel on a GPU.
 
     Reason: the public functions compute one norm at a time, or that of all tensors together (torch

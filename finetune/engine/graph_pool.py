@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from finetune.compat import end_failed_recording, no_collections
+from finetune.compat import end_failed_recording, pause_collections
 
 
 @functools.cache
@@ -40,7 +40,7 @@ class GraphPool:
         # Not `torch.cuda.graph`, which gives all unused memory back first.
         self._stream.wait_stream(torch.cuda.current_stream())
         stream = torch.cuda.stream(self._stream)
-        with stream, no_collections(), self._capturing(graph):
+        with stream, pause_collections(), self._capturing(graph):
             launch()
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph.replay

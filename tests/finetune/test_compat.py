@@ -24,6 +24,7 @@ from finetune.compat import (
     hydra_argument_parser,
     keep_4bit_layers_trainable,
     on_wandb_upload_failure,
+    pause_collections,
     set_train_sampler,
     wandb_record_class,
 )
@@ -320,3 +321,19 @@ def test_triton_computes_its_key_once() -> None:
     begin_triton_key().join()
     assert cache.triton_key.cache_info().currsize == 1
     assert begin_triton_key() is begin_triton_key()
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_a_pause_of_collections_ends_as_it_began(collects: bool) -> None:
+    import gc
+
+    (gc.enable if collects else gc.disable)()
+    try:
+        with contextlib.suppress(KeyError), pause_collections():
+            with pause_collections():
+                assert not gc.isenabled()
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable()

@@ -25,7 +25,7 @@ class PassFigures:
             timer: Of the pass, stopped.
         """
         self.norms = GradientNorms(norms)
-        """As given, on the device."""
+        """Those given, on the device."""
         if losses.device == norms.device:
             # One tensor, so that there is one copy from the GPU for all slots.
             self._copies = [HostCopy(torch.stack([losses, norms]))]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import torch
 
-from finetune.compat import norms_of
+from finetune.compat import compute_norms
 from finetune.engine.packed.batch import PackedBatch
 from finetune.engine.packed.embedding_noise import embedding_noise
 from finetune.engine.packed.packed_base import PackedBase
@@ -67,7 +67,7 @@ def compute_gradients(
         request.slot.collect_gradient()
     results: dict[int, ForwardBackwardResult] = {}
     for device, of_device in requests_by_device.items():
-        norms = norms_of([request.slot.gradient for request in of_device])
+        norms = compute_norms([request.slot.gradient for request in of_device])
         timers[device].stop()
         slot_losses = torch.stack([losses[id(request)] for request in of_device])
         figures = PassFigures(slot_losses, torch.stack(norms).double(), timers[device])

@@ -1,9 +1,10 @@
 """The backend on a GPU: a base's decoder with hand-written kernels.
 
 A run alone is limited by how fast operations can be launched, so there are few of them: norms, the
-gate's product and the rotary embedding are one kernel each (`rms_norm`, `gated_product`, `rotary`),
-the adapters of all slots are computed at once (`lowrank`), and attention stays within each row
-without padding (`attention`). What the blocks are made of says `model.decoder_blocks`.
+gate's product and the rotary embedding are one kernel each (`rms_norm`, `gated_product`, `rotary`;
+`rotated_norm` is two of them), the adapters of all slots are computed at once (`lowrank`), and
+attention stays within each row without padding (`attention`). What the blocks are made of says
+`model.decoder_blocks`.
 
 Passes whose kernels are computed faster than they are launched are recorded (`recorded_pass`).
 """

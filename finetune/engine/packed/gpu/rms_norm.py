@@ -1,8 +1,8 @@
 """RMS norm of each row as one Triton kernel, forward and backward.
 
 One launch does what PyTorch does in several, each of which would read and write all of its
-operands in memory (as in Liger Kernel, Hsu et al., 2024). So do `gated_product`, `rotary` and
-`cross_entropy`. As an autograd function: `fused_layers`.
+operands in memory (as in Liger Kernel, Hsu et al., 2024). So do `gated_product`, `rotary`,
+`rotated_norm` and `cross_entropy`. As an autograd function: `fused_layers`.
 """
 
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def _launch_forward(
     arguments = (
         x, norm.weight, y, inverse_rms, residual, x.stride(0), rows, columns, norm.epsilon,
     )  # fmt: skip
-    programs, rows_at_once, block, warps = row_blocks(rows, columns)
+    programs, rows_at_once, block, warps = divide_rows(rows, columns)
     constants = (copy_input, add_residual, norm.rounds_last, rows_at_once, block)
     launch(_rms_norm_kernel, (programs, 1, 1), arguments, constants, warps)
     return inverse_rms
@@ -139,13 +139,13 @@ def rms_norm_backward(
         grad_output, x, norm.weight, inverse_rms, residual_argument, grad_x,
         x.stride(0), grad_x.stride(0), rows, columns,
     )  # fmt: skip
-    programs, rows_at_once, block, warps = row_blocks(rows, columns)
+    programs, rows_at_once, block, warps = divide_rows(rows, columns)
     constants = (grad_residual is not None, rows_at_once, block)
     launch(_rms_norm_backward_kernel, (programs, 1, 1), arguments, constants, warps)
     return grad_x
 
 
-def row_blocks(rows: int, columns: int) -> tuple[int, int, int, int]:
+def divide_rows(rows: int, columns: int) -> tuple[int, int, int, int]:
     """Programs, rows of a program, elements of a row, and warps of a program."""
     # Whole rows, because a row's mean square is needed before its elements can be written.
     block = triton.next_power_of_2(columns)

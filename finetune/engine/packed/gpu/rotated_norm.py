@@ -10,7 +10,7 @@ import triton.language as tl
 
 from finetune.engine.packed.gpu.element_access import load_float32, store_rounded
 from finetune.engine.packed.gpu.launch import launch
-from finetune.engine.packed.gpu.rms_norm import RmsNorm, load_rows, row_blocks
+from finetune.engine.packed.gpu.rms_norm import RmsNorm, divide_rows, load_rows
 
 
 def rotated_norm(
@@ -34,13 +34,14 @@ def rotated_norm(
     """
     rows, columns = x.shape
     tokens, rotary_dim = cos.shape
+    assert rows % tokens == 0
     y = x.new_empty(x.shape)
     inverse_rms = torch.empty(rows, device=x.device)
     arguments = (
         x, norm.weight, cos, sin, y, inverse_rms, x.stride(0), rows, rows // tokens, columns,
         rotary_dim, norm.epsilon,
     )  # fmt: skip
-    programs, rows_at_once, block, warps = row_blocks(rows, columns)
+    programs, rows_at_once, block, warps = divide_rows(rows, columns)
     constants = (norm.rounds_last, rows_at_once, block)
     launch(_rotated_norm_kernel, (programs, 1, 1), arguments, constants, warps)
     return y, inverse_rms
