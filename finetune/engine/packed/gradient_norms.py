@@ -13,7 +13,7 @@ class GradientNorms:
     """
 
     def __init__(self, values: torch.Tensor) -> None:
-        """Nothing is computed yet.
+        """No factor is computed yet.
 
         Args:
             values: 2-norm of each slot's gradient, with the loss scale, float64 [slots].
@@ -27,7 +27,7 @@ class GradientNorms:
         return GradientNorm(self, index)
 
     def clip_factors(self, limit: float, loss_scale: float) -> tuple[torch.Tensor, ...]:
-        """Return the factors that clip each gradient to a norm [] of each slot.
+        """Return the factor [] that clips the gradient of each slot.
 
         Args:
             limit: The largest norm without the loss scale.
