@@ -79,10 +79,8 @@ class BatchLayout:
     next_labels: list[int] = field(default_factory=list)
     """The label that each token predicts; `IGNORED`: none."""
     row_count: int = 0
-
-    def count_targets(self) -> int:
-        """Count the answer tokens."""
-        return len(self.next_labels) - self.next_labels.count(IGNORED)
+    target_count: int = 0
+    """Answer tokens."""
 
     def add_group(self, rows: Sequence[Row]) -> None:
         """Append rows; their common prefix is computed once."""
@@ -124,6 +122,7 @@ class BatchLayout:
         labels = row["labels"][prefix_length + 1 : length + 1]
         # A row of a single token has no next one.
         self.next_labels += labels + [IGNORED] * (span.length - len(labels))
+        self.target_count += len(labels) - labels.count(IGNORED)
         self.row_count += 1
 
 
@@ -178,7 +177,7 @@ class PackedBatch:
         """
         self.batch_spans: list[tuple[int, int]] = []
         """The tokens of each run's batch: first, one past the last."""
-        self.target_counts = [layout.count_targets() for layout in layouts]
+        self.target_counts = [layout.target_count for layout in layouts]
         """How many answer tokens each run's batch has."""
         self.spans: list[Span] = []
         span_rows: list[int] = []

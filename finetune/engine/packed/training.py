@@ -318,7 +318,7 @@ class PackedTraining:
             prepare_next = functools.partial(self._prepare_next, following)
         # Over all batches of the step, so that each answer token has the same weight, whatever
         # the batch that it is in.
-        answer_tokens = sum(batch.layout.count_targets() for batch in batches)
+        answer_tokens = sum(batch.layout.target_count for batch in batches)
         token_weight = 1 / max(answer_tokens, 1)
         loss_scale = self._optimizer.loss_scale
         # Counted over the whole run, so that no two batches have the same dropout masks.

@@ -170,11 +170,8 @@ def _rms_norm_kernel(
     x_float32 = values.to(tl.float32)
     mean_square = tl.sum(x_float32 * x_float32, 1) / columns
     scale = 1 / tl.sqrt(mean_square + epsilon)
-    normalized = x_float32 * scale[:, None]
-    # As the base's own code in transformers does.
-    if not ROUNDS_LAST:
-        normalized = normalized.to(y.dtype.element_ty).to(tl.float32)
-    result = normalized * load_float32(weight, column, column < columns)
+    dtype = y.dtype.element_ty
+    result = normalize(x_float32, weight, column, columns, scale, dtype, ROUNDS_LAST)
     if ADD_RESIDUAL:
         # Rounded first, as in transformers, where the sum is an operation of its own.
         result = result.to(y.dtype.element_ty).to(tl.float32)
@@ -186,6 +183,18 @@ def _rms_norm_kernel(
         mask,
     )
     tl.store(inverse_rms + rows, scale, mask=rows < row_count)
+
+
+@triton.jit
+def normalize(
+    values, weight, column, columns, scale, dtype: tl.constexpr, ROUNDS_LAST: tl.constexpr
+):  # fmt: skip
+    """The norm of values [ROWS, columns], which are not rounded to the dtype at last."""
+    normalized = values * scale[:, None]
+    # As the base's own code in transformers does.
+    if not ROUNDS_LAST:
+        normalized = normalized.to(dtype).to(tl.float32)
+    return normalized * load_float32(weight, column, column < columns)
 
 
 @triton.jit

@@ -10,7 +10,12 @@ import triton.language as tl
 
 from finetune.engine.packed.gpu.element_access import load_float32, store_rounded
 from finetune.engine.packed.gpu.launch import launch
-from finetune.engine.packed.gpu.rms_norm import RmsNorm, divide_rows, load_rows
+from finetune.engine.packed.gpu.rms_norm import (
+    RmsNorm,
+    divide_rows,
+    load_rows,
+    normalize,
+)
 
 
 def rotated_norm(
@@ -59,7 +64,9 @@ def _rotated_norm_kernel(
     mean_square = tl.sum(values * values, 1) / columns
     scale = 1 / tl.sqrt(mean_square + epsilon)
     dtype = y.dtype.element_ty
-    normalized = _normalized(values, weight, column, columns, scale, dtype, ROUNDS_LAST)
+    normalized = normalize(values, weight, column, columns, scale, dtype, ROUNDS_LAST)
+    # The norm's result, which transformers' rotation takes.
+    normalized = normalized.to(dtype).to(tl.float32)
     # The column with which each one is rotated; those behind the angles stay as they are.
     half = rotary_dim // 2
     partner = tl.where(column < half, column + half, column - half)
@@ -67,7 +74,8 @@ def _rotated_norm_kernel(
     partner = tl.where(is_rotated, partner, column)
     # From the cache, where the row has just been read to.
     others = load_float32(first, partner, mask)
-    others = _normalized(others, weight, partner, columns, scale, dtype, ROUNDS_LAST)
+    others = normalize(others, weight, partner, columns, scale, dtype, ROUNDS_LAST)
+    others = others.to(dtype).to(tl.float32)
     angles = (rows // heads)[:, None] * rotary_dim + column
     c = load_float32(cos, angles, mask & is_rotated)
     s = load_float32(sin, angles, mask & is_rotated)
@@ -80,17 +88,3 @@ def _rotated_norm_kernel(
         mask,
     )
     tl.store(inverse_rms + rows, scale, mask=rows < row_count)
-
-
-@triton.jit
-def _normalized(
-    values, weight, column, columns, scale, dtype: tl.constexpr, ROUNDS_LAST: tl.constexpr
-):  # fmt: skip
-    """Normalised values, rounded as `rms_norm` rounds them, in float32."""
-    normalized = values * scale[:, None]
-    # As the base's own code in transformers does.
-    if not ROUNDS_LAST:
-        normalized = normalized.to(dtype).to(tl.float32)
-    normalized *= load_float32(weight, column, column < columns)
-    # The norm's result, which transformers' rotation takes.
-    return normalized.to(dtype).to(tl.float32)
